@@ -1,0 +1,265 @@
+"""What a pruning run is asked to do: plain frozen dataclasses, checked when they are made.
+
+This module imports no torch, so that a driver can validate a study in milliseconds.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from comp.modes import PruningMode
+
+Schedule = Literal["mps", "cas_re", "cas", "joint", "tokens_first", "params_first"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named combination of the switches that the paper's tables compare.
+
+    Attributes:
+        cip: Weigh tokens by their importance in parameter scores (Eq. 4, 5).
+        cit: Let fading heads count less in token scores (Eq. 7).
+        schedule: How the mode of a stage is chosen.
+        parameters: Whether parameters are pruned at all.
+        tokens: Whether tokens are pruned at all.
+    """
+
+    cip: bool
+    cit: bool
+    schedule: Schedule
+    parameters: bool = True
+    tokens: bool = True
+
+
+METHODS: dict[str, Method] = {
+    "comp": Method(cip=True, cit=True, schedule="mps"),
+    "cim": Method(cip=True, cit=True, schedule="joint"),
+    "cas": Method(cip=True, cit=True, schedule="cas"),
+    "cas_re": Method(cip=True, cit=True, schedule="cas_re"),
+    "param": Method(cip=False, cit=False, schedule="joint", tokens=False),
+    "token": Method(cip=False, cit=False, schedule="joint", parameters=False),
+    "sjp": Method(cip=False, cit=False, schedule="joint"),
+    "sjp_tp": Method(cip=False, cit=False, schedule="tokens_first"),
+    "sjp_pt": Method(cip=False, cit=False, schedule="params_first"),
+}
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """Returns ``"; did you mean 'x'?"`` for the known word closest to ``word``, or nothing."""
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """Everything that decides a pruning run besides the model, the task and the data.
+
+    Defaults are the paper's where it gives one (Section 4 and the supplement), else those that
+    docs/algorithm.md explains.
+
+    Attributes:
+        ratios: FLOPs ratios to reach, ascending, each in (0, 1). One run passes through all of
+            them and each gives one point of the accuracy-versus-ratio curve.
+        method: One of ``METHODS``; sets the switches below that are left ``None``.
+        num_stages: Planned number of stages on the way to the largest ratio (paper: S_n).
+        steps_per_stage: Optimizer steps per stage (I).
+        exploration: Probability of exploring instead of taking the cheapest mode (rho).
+        temperature: Temperature of the exploration softmax over idle time (tau, Eq. 9).
+        history: Weight of the old cost one stage later (lambda_0, Eq. 10).
+        horizon: Stages after which the old cost is forgotten (I_max, Eq. 10).
+        stage_quantum: Share of the dense FLOPs that a stage removes; ``None`` means the largest
+            ratio divided by ``num_stages``.
+        quantum_cap: Largest share of a mode's own FLOPs that one stage may remove (kappa).
+        min_quantum: Share of the dense FLOPs below which a raise counts as exhausted (eps_F).
+        tolerance: Accepted overshoot above the FLOPs target, as a share of the dense FLOPs.
+        max_stages: Hard stop; ``None`` means three times ``num_stages``.
+        decay_share: Share of a stage's steps during which new masks fade to zero.
+        cip: Overrides the method's switch.
+        cit: Overrides the method's switch.
+        schedule: Overrides the method's switch.
+        modes: Restricts the run to these modes; ``None`` means all the family has.
+        mask_site: ``"qkv"`` multiplies head masks into q, k and v (Eq. 2), ``"context"`` into
+            the attention output.
+        merge: ``"summary"`` merges dropped tokens into one, ``"drop"`` discards them, ``"auto"``
+            is what the family says.
+        min_heads: Heads kept in every attention.
+        min_channels: Channels kept in every feed-forward layer.
+        min_vision_tokens: Unprotected image tokens kept in every layer.
+        min_text_tokens: Unprotected text tokens kept in every layer.
+        learning_rate: Constant AdamW learning rate while pruning.
+        weight_decay: AdamW weight decay.
+        batch_size: Training batch size.
+        max_grad_norm: Gradient norm above which gradients are clipped.
+        fine_tune_steps: Steps of fine-tuning after the shrink, for every ratio.
+        fine_tune_learning_rate: Peak of the cosine; ``None`` means ``learning_rate``.
+        val_metric: What a mode's cost is measured in: the task's metric or minus its loss.
+        eval_samples: Validation samples behind every stage's cost (fixed through the run).
+        test_samples: Test samples read once per finished ratio; ``None`` means all.
+        eval_batch_size: Batch size of evaluations.
+        calibration_samples: Training samples behind parameter scores.
+        probe_samples: Training samples behind the search for a token threshold.
+        shrink: When masked units are physically removed: after every ``"stage"`` or at the
+            ``"end"``.
+        seed: Seed of data order, exploration and dropout.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+        autocast: Run training and evaluation in bfloat16 autocast.
+    """
+
+    ratios: tuple[float, ...] = (0.8,)
+    method: str = "comp"
+    num_stages: int = 40
+    steps_per_stage: int = 100
+    exploration: float = 0.2
+    temperature: float = 5.0
+    history: float = 0.4
+    horizon: int = 5
+    stage_quantum: float | None = None
+    quantum_cap: float = 0.15
+    min_quantum: float = 0.001
+    tolerance: float = 0.0025
+    max_stages: int | None = None
+    decay_share: float = 0.75
+    cip: bool | None = None
+    cit: bool | None = None
+    schedule: Schedule | None = None
+    modes: tuple[str, ...] | None = None
+    mask_site: Literal["qkv", "context"] = "qkv"
+    merge: Literal["auto", "summary", "drop"] = "auto"
+    min_heads: int = 1
+    min_channels: int = 16
+    min_vision_tokens: int = 4
+    min_text_tokens: int = 2
+    learning_rate: float = 3e-5
+    weight_decay: float = 0.05
+    batch_size: int = 32
+    max_grad_norm: float = 1.0
+    fine_tune_steps: int = 1000
+    fine_tune_learning_rate: float | None = None
+    val_metric: Literal["metric", "neg_loss"] = "neg_loss"
+    eval_samples: int = 1000
+    test_samples: int | None = None
+    eval_batch_size: int = 64
+    calibration_samples: int = 256
+    probe_samples: int = 128
+    shrink: Literal["stage", "end"] = "stage"
+    seed: int = 0
+    device: str = "auto"
+    autocast: bool = False
+
+    version: int = dataclasses.field(default=1, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ratios", tuple(self.ratios))
+        if self.modes is not None:
+            object.__setattr__(self, "modes", tuple(str(mode) for mode in self.modes))
+        self._check_ratios()
+        self._check_choices()
+        for name, low, high in _BOUNDS:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name} must be in [{low}, {high}], but got {value}")
+
+    def _check_ratios(self) -> None:
+        if not self.ratios:
+            raise ValueError("ratios must name at least one ratio in (0, 1), but got ()")
+        for ratio in self.ratios:
+            if not 0.0 < ratio < 1.0:
+                hint = f"; pass {ratio / 100:g} for {ratio:g} %" if 1 < ratio < 100 else ""
+                raise ValueError(f"ratios must lie in (0, 1), but got {ratio}{hint}")
+        if list(self.ratios) != sorted(set(self.ratios)):
+            raise ValueError(f"ratios must ascend without repeats, but got {self.ratios}")
+
+    def _check_choices(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(
+                f"method must be one of {', '.join(METHODS)}, but got {self.method!r}"
+                + nearest(self.method, list(METHODS))
+            )
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                shown = ", ".join(str(choice) for choice in choices if choice is not None)
+                raise ValueError(f"{name} must be one of {shown}, but got {value!r}")
+        known = [mode.value for mode in PruningMode]
+        for mode in self.modes or ():
+            if mode not in known:
+                raise ValueError(
+                    f"modes must be among {', '.join(known)}, but got {mode!r}{nearest(mode, known)}"
+                )
+
+    @property
+    def switches(self) -> Method:
+        """The method with this config's own switches put over it."""
+        method = METHODS[self.method]
+        own = {
+            name: getattr(self, name)
+            for name in ("cip", "cit", "schedule")
+            if getattr(self, name) is not None
+        }
+        return dataclasses.replace(method, **own)
+
+    @property
+    def quantum(self) -> float:
+        """Share of the dense FLOPs that one stage is to remove (dF of docs/algorithm.md)."""
+        return self.stage_quantum or self.ratios[-1] / self.num_stages
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values; ``from_dict`` is the inverse."""
+        values = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Builds a config from ``to_dict``'s output.
+
+        Raises:
+            ValueError: If a key is unknown or a value is out of bounds.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ValueError(f"unknown key {key!r} in a pruning config{nearest(key, known)}")
+        return cls(**values)
+
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "schedule": (None, "mps", "cas_re", "cas", "joint", "tokens_first", "params_first"),
+    "mask_site": ("qkv", "context"),
+    "merge": ("auto", "summary", "drop"),
+    "val_metric": ("metric", "neg_loss"),
+    "shrink": ("stage", "end"),
+    "version": (1,),
+}
+
+_BOUNDS: tuple[tuple[str, float, float], ...] = (
+    ("num_stages", 1, 10_000),
+    ("steps_per_stage", 1, 10_000_000),
+    ("exploration", 0.0, 1.0),
+    ("temperature", 1e-6, 1e6),
+    ("history", 0.0, 1.0),
+    ("horizon", 1, 10_000),
+    ("stage_quantum", 1e-6, 1.0),
+    ("quantum_cap", 1e-6, 1.0),
+    ("min_quantum", 0.0, 0.1),
+    ("tolerance", 0.0, 0.1),
+    ("max_stages", 1, 1_000_000),
+    ("decay_share", 0.0, 1.0),
+    ("min_heads", 1, 1024),
+    ("min_channels", 1, 1_000_000),
+    ("min_vision_tokens", 1, 100_000),
+    ("min_text_tokens", 1, 100_000),
+    ("learning_rate", 0.0, 10.0),
+    ("weight_decay", 0.0, 10.0),
+    ("batch_size", 1, 1_000_000),
+    ("max_grad_norm", 1e-9, 1e9),
+    ("fine_tune_steps", 0, 100_000_000),
+    ("fine_tune_learning_rate", 0.0, 10.0),
+    ("eval_samples", 1, 100_000_000),
+    ("test_samples", 1, 100_000_000),
+    ("eval_batch_size", 1, 1_000_000),
+    ("calibration_samples", 1, 100_000_000),
+    ("probe_samples", 1, 100_000_000),
+    ("seed", 0, 2**32 - 1),
+)

@@ -1,0 +1,72 @@
+"""What the stage loop asks of a task: batches, a loss and a metric."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A task's verdict on a model.
+
+    Attributes:
+        metric: The number people quote, in points of 100, higher is better.
+        loss: Mean loss per sample.
+        num_samples: Samples behind both.
+    """
+
+    metric: float
+    loss: float
+    num_samples: int
+
+
+class Task(Protocol):
+    """A data set, its batch layout, its loss and its metric.
+
+    All methods are deterministic given their arguments: the same seed and step give the same
+    batch in another process, which is what makes a run restartable.
+
+    Attributes:
+        name: For example ``"vqa"``.
+        metric_name: For example ``"accuracy"``.
+    """
+
+    name: str
+    metric_name: str
+
+    def train_batches(self, *, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+        """Yields shuffled training batches without end, from step ``start`` on.
+
+        ``train_batches(seed=s, start=k)`` continues ``train_batches(seed=s)`` after ``k`` batches
+        without reading those.
+        """
+        ...
+
+    def batches(
+        self, split: str, *, batch_size: int, num_samples: int | None = None
+    ) -> Iterator[Batch]:
+        """Yields a split once in a fixed order: its first ``num_samples``, or all of it.
+
+        Splits are stored shuffled, so the first samples are a fair subset. Training augmentation
+        is off.
+
+        Raises:
+            ValueError: If the split does not exist.
+        """
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Returns the scalar training loss; batch tensors already are on the model's device."""
+        ...
+
+    def score(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Returns metric (0..1, higher is better) and loss of every sample, each ``(B,)``.
+
+        Runs under ``no_grad`` in eval mode. A forward pass that deployment would not run (the loss
+        of a generative model, say) stands inside ``comp.blocks.unmetered(model)``.
+        """
+        ...

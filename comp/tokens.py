@@ -1,0 +1,135 @@
+"""Dropping tokens: decide once (``select``), then apply to any tensor (``Selection``).
+
+The relative threshold keeps token i of a sample iff ``N' * S_i > theta`` where ``N'`` counts the
+sample's scored tokens, so theta = 0 keeps all and theta = 1 keeps the tokens above the mean.
+Every sample keeps its own number; a batch is padded to the largest, and the padding is carried
+as a validity mask, so a sample's result never depends on its batch mates.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Selection:
+    """Which rows of a batch survive, in their old order.
+
+    Attributes:
+        index: Rows to gather, ``(B, K)``; rows beyond a sample's own count are arbitrary.
+        valid: True where the gathered row is a real token, ``(B, K)``.
+        summary_weight: Weights that merge the dropped rows into one summary token, ``(B, N)``,
+            rows sum to 1 or to 0 where a sample dropped nothing; ``None`` when dropped rows are
+            discarded or nobody dropped any.
+    """
+
+    index: Tensor
+    valid: Tensor
+    summary_weight: Tensor | None
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Gathers hidden states ``(B, N, D)`` into ``(B, K, D)``, padded rows being zero.
+
+        With a summary token the result is ``(B, K + 1, D)``, the summary last.
+        """
+        index = self.index.unsqueeze(-1).expand(-1, -1, rows.shape[-1])
+        kept = rows.gather(1, index) * self.valid.unsqueeze(-1).to(rows.dtype)
+        if self.summary_weight is None:
+            return kept
+        summary = torch.einsum("bn,bnd->bd", self.summary_weight.to(rows.dtype), rows)
+        return torch.cat([kept, summary.unsqueeze(1)], dim=1)
+
+    def gather_flags(self, flags: Tensor) -> Tensor:
+        """Gathers a bool mask ``(B, N)``; padding and the summary token are False."""
+        kept = flags.gather(1, self.index) & self.valid
+        if self.summary_weight is None:
+            return kept
+        return torch.cat([kept, torch.zeros_like(kept[:, :1])], dim=1)
+
+    def gather_positions(self, positions: Tensor) -> Tensor:
+        """Gathers position ids ``(B, N)``; the summary token takes the last kept one's."""
+        kept = positions.gather(1, self.index)
+        if self.summary_weight is None:
+            return kept
+        return torch.cat([kept, kept[:, -1:]], dim=1)
+
+    def gather_scores(self, scores: Tensor) -> Tensor:
+        """Gathers scores ``(B, N)``; the summary token gets the sum of what it merged."""
+        kept = scores.gather(1, self.index) * self.valid
+        if self.summary_weight is None:
+            return kept
+        merged = (scores.sum(dim=1, keepdim=True) - kept.sum(dim=1, keepdim=True)).clamp(min=0)
+        return torch.cat([kept, merged * self._has_summary().unsqueeze(1)], dim=1)
+
+    def _has_summary(self) -> Tensor:
+        assert self.summary_weight is not None
+        return self.summary_weight.sum(dim=1) > 0
+
+    @property
+    def all_valid(self) -> Tensor:
+        """``valid`` with the summary token's flag appended, ``(B, K)`` or ``(B, K + 1)``."""
+        if self.summary_weight is None:
+            return self.valid
+        return torch.cat([self.valid, self._has_summary().unsqueeze(1)], dim=1)
+
+
+def keep_above(
+    scores: Tensor, threshold: float, valid: Tensor, protected: Tensor, min_tokens: int
+) -> Tensor:
+    """Decides which tokens survive a relative threshold.
+
+    Args:
+        scores: Token importance, 0 on padding and on protected tokens, ``(B, N)``.
+        threshold: Relative threshold theta, at least 0. A token survives iff its score times the
+            number of scored tokens exceeds it.
+        valid: True for real tokens, ``(B, N)``.
+        protected: Tokens that always survive, ``(B, N)``.
+        min_tokens: Unprotected tokens kept at least; the highest-scored ones fill up.
+
+    Returns:
+        True for the survivors, ``(B, N)`` bool.
+
+    Source: CoMP (arXiv 2604.02956), Eq. (1) for tokens.
+    """
+    scored = valid & ~protected
+    if threshold <= 0:
+        return valid
+    count = scored.sum(dim=1, keepdim=True)
+    relative = scores.float() * count
+    ranked = relative.masked_fill(~scored, -1.0)
+    order = ranked.argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+    floor = scored & (rank < min_tokens)
+    return (scored & (relative > threshold)) | floor | (protected & valid)
+
+
+def select(keep: Tensor, scores: Tensor, valid: Tensor, *, merge: bool) -> Selection | None:
+    """Turns a keep mask into a gather plan.
+
+    Args:
+        keep: True for survivors, ``(B, N)``.
+        scores: Token importance that weighs the merged rows, ``(B, N)``.
+        valid: True for real tokens, ``(B, N)``.
+        merge: Whether dropped tokens are merged into a summary token at the end.
+
+    Returns:
+        The plan, or ``None`` if no sample drops a token. A sample that drops none gets a
+        summary slot that is not valid.
+    """
+    dropped = valid & ~keep
+    if not bool(dropped.any()):
+        return None
+    counts = keep.sum(dim=1)
+    num_kept = int(counts.max())
+    index = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :num_kept]
+    kept_valid = torch.arange(num_kept, device=keep.device) < counts.unsqueeze(1)
+    weight = None
+    if merge:
+        weight = scores.float() * dropped
+        total = weight.sum(dim=1, keepdim=True)
+        uniform = dropped.float() / dropped.sum(dim=1, keepdim=True).clamp(min=1)
+        weight = torch.where(total > 0, weight / total.clamp(min=1e-30), uniform)
+    return Selection(index, kept_valid, weight)
