@@ -1,0 +1,236 @@
+"""What is sent to a worker and what comes back: plain values, picklable, without torch.
+
+A worker's answer to a :class:`Job` is a stream: every record that is already on disk under the
+job's run directory (the replay), then new ones, and last one :class:`JobEnd`. The order and the
+number are the same in every attempt, so a retried, a resumed and an undisturbed job look alike to
+the driver, and a stream without a ``JobEnd`` is known to be cut off.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from comp.config import PruningConfig
+from comp.results import CurvePoint, StageRecord
+
+JobKind = Literal["prune", "dense"]
+FailureKind = Literal["algorithm", "infrastructure", "timeout", "cancelled"]
+
+DEFAULT_RUNNER = "orchestration.worker:prune"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def canonical_json(values: Any) -> str:
+    """Returns JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(values, sort_keys=True, separators=(",", ":"))
+
+
+def check_name(what: str, name: str) -> str:
+    """Returns ``name`` if it can be a directory of its own under the storage root.
+
+    Raises:
+        ValueError: If it could climb out of the root or upset a file system.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{what} must be 1 to 128 letters, digits, '.', '_' or '-' and start with a letter "
+            f"or digit, but got {name!r}"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pruning run, or one evaluation of a dense model.
+
+    Attributes:
+        run_id: Name of the run directory, for example ``"demo-0003"``. Unique under the root.
+        study: Name of the study; one MLflow experiment.
+        trial: Optuna's trial number; -1 for the dense reference.
+        model: Model preset or directory, as ``comp.models.load_model`` takes it.
+        task: Task name, as ``comp.tasks.build_task`` takes it.
+        config: ``PruningConfig.to_dict()``; a plain dict, so that a job can be JSON.
+        seed: ``config["seed"]``, beside it because every table has this column.
+        method: ``config["method"]``, or ``"dense"``.
+        run_dir: Where the run's files live: an absolute path, or a URI that ``pyarrow.fs`` knows.
+        data: Data set directory, ``None`` for the embedded one.
+        dense: ``CurvePoint.to_dict()`` of the dense reference, so that a study measures it once;
+            ``None`` lets the run measure its own.
+        kind: ``"prune"``, or ``"dense"`` for a run whose only record is the dense point.
+        spec_text: The YAML a person could run again; written to ``spec.yaml`` as it is.
+        threads: CPU threads of torch in the worker.
+        attempt: 0 at first; raised by the executor each time a worker is lost.
+        runner: ``"module:function"`` that does the work, called as
+            ``function(job, run_directory)`` and yielding ``StageRecord`` and ``CurvePoint``. The
+            default prunes; benchmarks and tests put a trial of their own here.
+    """
+
+    run_id: str
+    study: str
+    trial: int
+    model: str
+    task: str
+    config: dict[str, Any]
+    seed: int
+    method: str
+    run_dir: str
+    data: str | None = None
+    dense: dict[str, Any] | None = None
+    kind: JobKind = "prune"
+    spec_text: str = ""
+    threads: int = 1
+    attempt: int = 0
+    runner: str = DEFAULT_RUNNER
+
+    def __post_init__(self) -> None:
+        check_name("run_id", self.run_id)
+        check_name("study", self.study)
+        if self.kind not in ("prune", "dense"):
+            raise ValueError(f"kind must be 'prune' or 'dense', but got {self.kind!r}")
+        if self.threads < 1:
+            raise ValueError(f"threads must be at least 1, but got {self.threads}")
+
+    @property
+    def content_id(self) -> str:
+        """16 hexadecimal digits that two jobs share exactly if they must give the same result.
+
+        Names, places, attempts and threads do not count; model, task, data, config and kind do.
+        """
+        decisive = {
+            "model": self.model,
+            "task": self.task,
+            "data": self.data,
+            "config": self.config,
+            "kind": self.kind,
+            "runner": self.runner,
+        }
+        return hashlib.sha256(canonical_json(decisive).encode()).hexdigest()[:16]
+
+    @property
+    def pruning_config(self) -> PruningConfig:
+        """The config as the dataclass that ``comp`` takes."""
+        return PruningConfig.from_dict(self.config)
+
+    def next_attempt(self) -> Self:
+        """Returns the same job, to be sent to another worker."""
+        return dataclasses.replace(self, attempt=self.attempt + 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values; ``from_dict`` is the inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuilds a job from ``to_dict``'s output."""
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One durable result of a job and its place in the stream.
+
+    Attributes:
+        index: 0 for the job's first record, without gaps.
+        body: A finished stage, or a point of the curve (the dense one first).
+        time: Unix time in seconds when the body was finished; a replay keeps it.
+        attempt: The attempt that computed it.
+    """
+
+    index: int
+    body: StageRecord | CurvePoint
+    time: float
+    attempt: int = 0
+
+    @property
+    def stage(self) -> StageRecord | None:
+        """The body if it is a stage."""
+        return self.body if isinstance(self.body, StageRecord) else None
+
+    @property
+    def point(self) -> CurvePoint | None:
+        """The body if it is a point of the curve."""
+        return self.body if isinstance(self.body, CurvePoint) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values; ``from_dict`` is the inverse."""
+        return {
+            "index": self.index,
+            "kind": "stage" if isinstance(self.body, StageRecord) else "point",
+            "time": self.time,
+            "attempt": self.attempt,
+            "body": self.body.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuilds a record from ``to_dict``'s output."""
+        body_type = StageRecord if values["kind"] == "stage" else CurvePoint
+        return cls(
+            index=values["index"],
+            body=body_type.from_dict(values["body"]),
+            time=values["time"],
+            attempt=values["attempt"],
+        )
+
+
+@dataclass(frozen=True)
+class JobEnd:
+    """The last item of a complete stream.
+
+    Attributes:
+        num_records: How many records came before.
+        digest: ``digest_of`` those records.
+    """
+
+    num_records: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a job will give no more records. What it has given stays on disk.
+
+    Attributes:
+        kind: ``"algorithm"``: the run itself raised (NaN loss, unreachable budget, bad input);
+            ``"infrastructure"``: workers were lost more often than the budget allows;
+            ``"timeout"``: stages took longer than the limit more often than that;
+            ``"cancelled"``: somebody asked.
+        message: One sentence for a person.
+        error: Name of the exception class, ``""`` if there was none.
+        traceback: The worker's traceback, ``""`` if there was none; for logs, not for terminals.
+        attempts: Attempts that were made.
+    """
+
+    kind: FailureKind
+    message: str
+    error: str = ""
+    traceback: str = ""
+    attempts: int = 1
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something a person may want to know while a job goes on.
+
+    Attributes:
+        kind: ``"started"`` (a worker took the job) or ``"retrying"`` (a worker was lost).
+        message: One sentence.
+        attempt: The attempt that starts now.
+    """
+
+    kind: Literal["started", "retrying"]
+    message: str
+    attempt: int = 0
+
+
+def digest_of(records: Iterable[Record]) -> str:
+    """Returns 16 hexadecimal digits over the records in their order."""
+    sha = hashlib.sha256()
+    for record in records:
+        sha.update(canonical_json(record.to_dict()).encode())
+    return sha.hexdigest()[:16]
