@@ -1,0 +1,1 @@
+"""What to run and what it meant: specs, search spaces, studies, curves, reports, the command."""

@@ -1,0 +1,181 @@
+"""The models that say which values of a config key a study may try.
+
+A domain knows nothing of Optuna; :mod:`studies.space` maps it to proposals.
+"""
+
+import dataclasses
+import types
+import typing
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    field_validator,
+    model_validator,
+)
+
+from comp.config import PruningConfig, nearest
+
+
+class Section(BaseModel):
+    """A mapping of the spec: frozen, and an unknown key is named with the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            check_keys(values, list(cls.model_fields))
+        return values
+
+
+def check_keys(values: dict[str, Any], known: list[str]) -> None:
+    """Raises a ``ValueError`` that names the first unknown key and the nearest known one."""
+    for key in values:
+        if key not in known:
+            hint = nearest(str(key), known) or f"; the keys here are {', '.join(known)}"
+            raise ValueError(f"unknown key {key!r}{hint}")
+
+
+def _config_model() -> type[BaseModel]:
+    """Builds the model that turns the scalars of YAML into ``PruningConfig``'s types."""
+    hints = typing.get_type_hints(PruningConfig)
+    fields: dict[str, Any] = {f.name: (hints[f.name], f.default) for f in CONFIG_FIELDS}
+    return pydantic.create_model("PruningSection", __base__=Section, **fields)
+
+
+TARGET_RATIO = "target_ratio"  # a key of `space` only: the largest of the config's ratios
+CONFIG_FIELDS = dataclasses.fields(PruningConfig)
+CONFIG_KEYS = [field.name for field in CONFIG_FIELDS if field.name != "version"]
+_CONFIG_MODEL = _config_model()
+
+
+def read_config(values: Any) -> PruningConfig:
+    """Turns the ``pruning`` section of a spec into a checked config.
+
+    Raises:
+        ValueError: If a key is unknown, a type is wrong or a value is out of bounds.
+    """
+    if isinstance(values, PruningConfig):
+        return values
+    if values is None:
+        return PruningConfig()
+    if not isinstance(values, dict):
+        raise ValueError(f"pruning must be a mapping of config keys, but got {values!r}")
+    check_keys(values, [*CONFIG_KEYS, "version"])
+    _refuse_booleans(values)
+    if isinstance(values.get("ratios"), (int, float)):
+        values = {**values, "ratios": [values["ratios"]]}
+    section = _CONFIG_MODEL.model_validate(values)
+    return PruningConfig(**{name: getattr(section, name) for name in values})
+
+
+def _refuse_booleans(values: dict[str, Any]) -> None:
+    """Pydantic would take ``true`` for 1 where a number is asked for."""
+    hints = typing.get_type_hints(PruningConfig)
+    for key, value in values.items():
+        takes = typing.get_args(hints[key]) if _is_union(hints[key]) else (hints[key],)
+        if isinstance(value, bool) and bool not in takes:
+            raise ValueError(f"{key} must not be true or false, but got {value}")
+
+
+def _is_union(hint: Any) -> bool:
+    return isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+
+
+Config = Annotated[
+    PruningConfig, PlainValidator(read_config), PlainSerializer(PruningConfig.to_dict)
+]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Scalar = str | bool | int | float | None
+
+
+class IntDomain(Section):
+    """Whole numbers from ``low`` to ``high``, both included."""
+
+    kind: Literal["int"]
+    low: Annotated[int, Field(strict=True)]
+    high: Annotated[int, Field(strict=True)]
+    step: Annotated[int, Field(strict=True, ge=1)] = 1
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_bounds(self.low, self.high, self.log)
+        if self.log and self.step != 1:
+            raise ValueError(f"step must be 1 with log: true, but got {self.step}")
+        return self
+
+
+class FloatDomain(Section):
+    """Numbers from ``low`` to ``high``, on a logarithmic scale if asked."""
+
+    kind: Literal["float"]
+    low: Number
+    high: Number
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_bounds(self.low, self.high, self.log)
+        return self
+
+
+class ChoiceDomain(Section):
+    """A list of scalars, or names with a value of any kind behind each.
+
+    Named choices are what a list-valued key needs (``ratios``, ``modes``): Optuna stores the name.
+    """
+
+    kind: Literal["categorical"]
+    choices: list[Scalar] | dict[str, Any]
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _check(cls, choices: Any) -> Any:
+        if not isinstance(choices, (list, dict)) or not choices:
+            raise ValueError(
+                f"choices must be a list of scalars or a mapping of names, but got {choices!r}"
+            )
+        for choice in choices if isinstance(choices, list) else []:
+            if isinstance(choice, (list, dict)):
+                raise ValueError(
+                    f"a choice must be a scalar, but got {choice!r}; give it a name: "
+                    "'choices: {short: [0.5, 0.8]}'"
+                )
+        return choices
+
+    @property
+    def labels(self) -> list[Scalar]:
+        """What Optuna chooses among."""
+        return list(self.choices)
+
+    def value_of(self, label: Scalar) -> Any:
+        """Returns the config value behind a label."""
+        return self.choices[str(label)] if isinstance(self.choices, dict) else label
+
+
+class FixedDomain(Section):
+    """One value, which Optuna does not see."""
+
+    kind: Literal["fixed"]
+    value: Any
+
+
+Domain = Annotated[
+    IntDomain | FloatDomain | ChoiceDomain | FixedDomain, Field(discriminator="kind")
+]
+
+
+def check_bounds(low: float, high: float, log: bool) -> None:
+    """Raises a ``ValueError`` if a range is empty or has no logarithm."""
+    if low > high:
+        raise ValueError(f"low must not be above high, but got low {low:g} and high {high:g}")
+    if log and low <= 0:
+        raise ValueError(f"low must be above 0 with log: true, but got {low:g}")

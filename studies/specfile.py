@@ -1,0 +1,130 @@
+"""Reads specs: file or preset, then ``--set key=value``, then every check before any work."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+
+from comp.config import nearest
+from studies.errors import SpecError, sentences
+from studies.presets import preset_names, preset_path
+from studies.spec import PruneSpec, RunSpec, Spec, StudySpec
+from studies.yaml_text import read_yaml, write_yaml
+
+AnySpec = TypeVar("AnySpec", bound=RunSpec)
+
+_ADAPTER: TypeAdapter[PruneSpec | StudySpec] = TypeAdapter(Spec)
+
+
+def read_spec(source: str | Path, overrides: Sequence[str] = ()) -> PruneSpec | StudySpec:
+    """Reads a spec file or a preset.
+
+    Args:
+        source: A YAML file, or the name of a preset.
+        overrides: ``"dotted.key=value"`` each, the value in YAML; later ones win.
+
+    Raises:
+        SpecError: If anything in it is wrong; the text has a line for every mistake.
+        FileNotFoundError: If there is no such file and no such preset.
+    """
+    path = find_spec(source)
+    values = read_yaml(path.read_text(encoding="utf-8"), where=str(path))
+    return spec_of(override(values, overrides), where=str(source))
+
+
+def find_spec(source: str | Path) -> Path:
+    """Returns the file of a spec: a path as it is, or a preset's.
+
+    Raises:
+        FileNotFoundError: If it is neither.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    if str(source) in preset_names():
+        return preset_path(str(source))
+    known = [*preset_names(), *(p.name for p in path.parent.glob("*.yaml"))]
+    hint = nearest(path.name, known) or f"; presets are {', '.join(preset_names())}"
+    raise FileNotFoundError(f"there is no spec file and no preset {str(source)!r}{hint}")
+
+
+def spec_of(values: Any, where: str = "the spec") -> PruneSpec | StudySpec:
+    """Checks raw values and returns the spec.
+
+    Raises:
+        SpecError: If anything in them is wrong.
+    """
+    if not isinstance(values, Mapping):
+        raise SpecError(f"{where} must be a mapping with name, kind, model and task")
+    try:
+        return _ADAPTER.validate_python(dict(values))
+    except ValueError as error:
+        found = sentences(error, dict(values))
+        raise SpecError("\n".join(f"{where}: {sentence}" for sentence in found)) from None
+
+
+def override(values: Any, overrides: Sequence[str]) -> Any:
+    """Puts ``dotted.key=value`` texts over raw values; the values in YAML.
+
+    Raises:
+        SpecError: If a text has no ``=``, or a key leads through something that has no keys.
+    """
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise SpecError(f"--set takes key=value, for example pruning.seed=1, but got {text!r}")
+        values = _put(values, parts, read_yaml(value, where=f"--set {key.strip()}"), text)
+    return values
+
+
+def _put(values: Any, parts: Sequence[str], value: Any, text: str) -> Any:
+    if not parts:
+        return value
+    if values is None:
+        values = {}
+    if not isinstance(values, Mapping):
+        raise SpecError(f"--set {text!r} asks for a key {parts[0]!r} inside {values!r}")
+    inner = _put(values.get(parts[0]), parts[1:], value, text)
+    return {**values, parts[0]: inner}
+
+
+def write_spec(spec: RunSpec) -> str:
+    """Returns the YAML of a spec with every default spelled out."""
+    values = spec.model_dump(mode="json")
+    first = ("version", "kind", "name")
+    return write_yaml({**{k: values[k] for k in first}, **values})
+
+
+def check_places(spec: RunSpec) -> None:
+    """Checks that the model, the task and the data of a spec are there; imports no torch.
+
+    Raises:
+        SpecError: If one is unknown or missing.
+    """
+    from comp.models.presets import MODEL_PRESETS
+    from comp.tasks.names import TASKS
+
+    if spec.task not in TASKS:
+        hint = nearest(spec.task, list(TASKS))
+        raise SpecError(f"task must be one of {', '.join(TASKS)}, but got {spec.task!r}{hint}")
+    if spec.model not in MODEL_PRESETS and not Path(spec.model).is_dir():
+        hint = nearest(spec.model, list(MODEL_PRESETS))
+        raise SpecError(
+            f"model must be a directory or one of {', '.join(MODEL_PRESETS)}, "
+            f"but got {spec.model!r}{hint}"
+        )
+    if spec.data is not None and not Path(spec.data).is_dir():
+        raise SpecError(
+            f"data must be a directory, but there is none at {spec.data!r}; "
+            "leave it out for the embedded data set"
+        )
+
+
+def resolve_places(spec: AnySpec) -> AnySpec:
+    """Makes the paths of a spec absolute, so that it means the same from any directory."""
+    model = str(Path(spec.model).resolve()) if Path(spec.model).is_dir() else spec.model
+    data = None if spec.data is None else str(Path(spec.data).resolve())
+    changes = {"model": model, "data": data, "root": str(Path(spec.root).resolve())}
+    return spec.model_copy(update=changes)
