@@ -11,12 +11,16 @@ A driver's loop needs nothing else::
                 executor.submit(job)
 """
 
-from collections.abc import Iterator
+import contextlib
+import hashlib
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, Self
 
-from orchestration.job import Failure, Job, JobEnd, Notice, Record
+from orchestration import worker
+from orchestration.job import Failure, Job, JobEnd, Notice, Record, canonical_json
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Handle:
     job: Job
     num_records: int = 0
     done: bool = False
+    _sha: "hashlib._Hash" = field(default_factory=hashlib.sha256, repr=False)
 
 
 @dataclass(frozen=True)
@@ -127,3 +132,112 @@ class Executor(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *exc_info: object) -> None: ...
+
+
+class StreamBroken(RuntimeError):
+    """A worker's stream has a gap, ends early or contradicts what it gave before."""
+
+
+def accept(handle: Handle, item: worker.Item) -> Event | None:
+    """Books an item of a worker's stream on its job.
+
+    Returns:
+        The event to deliver, or ``None`` for a replayed record that was delivered before.
+
+    Raises:
+        StreamBroken: If the item cannot follow what came before; the attempt is then worthless.
+    """
+    if isinstance(item, Record):
+        if item.index < handle.num_records:
+            return None
+        if item.index > handle.num_records:
+            raise StreamBroken(f"record {item.index} came where {handle.num_records} was due")
+        handle.num_records += 1
+        handle._sha.update(canonical_json(item.to_dict()).encode())
+        return Event(handle, item)
+    if isinstance(item, JobEnd):
+        delivered = JobEnd(handle.num_records, handle._sha.hexdigest()[:16])
+        if item != delivered:
+            raise StreamBroken(f"the worker reports {item}, but {delivered} arrived")
+    handle.done = True
+    return Event(handle, item)
+
+
+class InlineExecutor:
+    """Runs jobs one after the other in this process: for tests, debuggers and single runs."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Handle] = deque()
+        self._current: tuple[Handle, Iterator[worker.Item]] | None = None
+        self._cancelled: set[Handle] = set()
+
+    @property
+    def num_slots(self) -> int:
+        """Always one."""
+        return 1
+
+    @property
+    def free_slots(self) -> int:
+        """One if nothing is under way."""
+        return int(self._current is None and not self._waiting)
+
+    def submit(self, job: Job) -> Handle:
+        """Accepts a job; nothing runs before ``poll`` or ``events``."""
+        under_way = [*self._waiting, *([self._current[0]] if self._current else [])]
+        check_not_under_way(job, under_way)
+        handle = Handle(job)
+        self._waiting.append(handle)
+        return handle
+
+    def poll(self, timeout: float) -> list[Event]:
+        """Runs the current job up to its next record, however long that takes."""
+        if self._current is None:
+            if not self._waiting:
+                return []
+            handle = self._waiting.popleft()
+            self._current = handle, worker.run(handle.job)
+            return [Event(handle, Notice("started", "runs in this process"))]
+        handle, stream = self._current
+        cancelled = handle in self._cancelled
+        item = Failure("cancelled", "cancelled") if cancelled else next(stream)
+        event = accept(handle, item)
+        if handle.done:
+            self._current = None
+            self._cancelled.discard(handle)
+        return [event] if event else []
+
+    def events(self) -> Iterator[Event]:
+        """Yields events until every submitted job has ended; jobs may be submitted meanwhile."""
+        while self._current or self._waiting:
+            yield from self.poll(0)
+
+    def cancel(self, handle: Handle) -> None:
+        """Ends a job at its next record."""
+        if not handle.done:
+            self._cancelled.add(handle)
+
+    @contextlib.contextmanager
+    def hold(self, study: str) -> Iterator[None]:
+        """Does nothing: one process cannot see others. Directory locks still hold."""
+        yield
+
+    def close(self) -> None:
+        """Forgets what is unfinished."""
+        self._waiting.clear()
+        self._current = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def check_not_under_way(job: Job, handles: Iterable[Handle]) -> None:
+    """Refuses a second job for a run directory that one is filling.
+
+    Raises:
+        ValueError: If a handle has the job's run directory.
+    """
+    if any(handle.job.run_dir == job.run_dir for handle in handles):
+        raise ValueError(f"run {job.run_id} is already under way in {job.run_dir}")

@@ -18,7 +18,9 @@ from comp.config import PruningConfig
 from comp.results import CurvePoint, StageRecord
 
 JobKind = Literal["prune", "dense"]
-FailureKind = Literal["algorithm", "infrastructure", "timeout", "cancelled"]
+FailureKind = Literal[
+    "algorithm", "infrastructure", "timeout", "storage", "cancelled", "preempted"
+]
 
 DEFAULT_RUNNER = "orchestration.worker:prune"
 
@@ -65,9 +67,9 @@ class Job:
         spec_text: The YAML a person could run again; written to ``spec.yaml`` as it is.
         threads: CPU threads of torch in the worker.
         attempt: 0 at first; raised by the executor each time a worker is lost.
-        runner: ``"module:function"`` that does the work, called as
-            ``function(job, run_directory)`` and yielding ``StageRecord`` and ``CurvePoint``. The
-            default prunes; benchmarks and tests put a trial of their own here.
+        runner: ``"module:function"`` that does the work: called with the job and its
+            ``store.RunDirectory``, it goes on behind ``directory.records`` and yields what
+            ``directory.append`` returns. Benchmarks and tests put a trial of their own here.
     """
 
     run_id: str
@@ -199,7 +201,8 @@ class Failure:
         kind: ``"algorithm"``: the run itself raised (NaN loss, unreachable budget, bad input);
             ``"infrastructure"``: workers were lost more often than the budget allows;
             ``"timeout"``: stages took longer than the limit more often than that;
-            ``"cancelled"``: somebody asked.
+            ``"storage"``: the run directory cannot be written; ``"cancelled"``: somebody asked;
+            ``"preempted"``: the worker's machine is taken away (executors retry that themselves).
         message: One sentence for a person.
         error: Name of the exception class, ``""`` if there was none.
         traceback: The worker's traceback, ``""`` if there was none; for logs, not for terminals.

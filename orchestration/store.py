@@ -1,0 +1,472 @@
+"""The run directory: the truth about one run, and the interface of every later command.
+
+While a run is going, every record is a small file of its own beside a checkpoint; at its end they
+become two Parquet tables and a report. docs/results-format.md describes every file and column.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from comp.results import CurvePoint, StageRecord
+from orchestration.job import Failure, Job, JobEnd, Record, digest_of
+from orchestration.storage import Storage
+
+FORMAT_VERSION = 1
+STATES_KEPT = 2
+
+Outcome = Literal["finished", "failed", "unfinished"]
+
+_IDENTITY = [
+    ("study", pa.string()),
+    ("trial", pa.int32()),
+    ("model", pa.string()),
+    ("task", pa.string()),
+    ("method", pa.string()),
+    ("seed", pa.int64()),
+]
+_PLACE = [
+    ("run_id", pa.string()),
+    ("index", pa.int32()),
+    ("time", pa.float64()),
+    ("attempt", pa.int32()),
+    ("extra", pa.string()),
+]
+STAGE_SCHEMA = pa.schema(
+    [
+        *_IDENTITY,
+        ("stage", pa.int32()),
+        ("mode", pa.string()),
+        ("choice", pa.string()),
+        ("ratio", pa.float64()),
+        ("macs", pa.float64()),
+        ("params", pa.int64()),
+        ("val", pa.float64()),
+        ("val_loss", pa.float64()),
+        ("train_loss", pa.float64()),
+        ("cost", pa.float64()),
+        ("mode_cost", pa.float64()),
+        ("threshold", pa.float64()),
+        ("units", pa.int64()),
+        ("tokens", pa.map_(pa.string(), pa.float64())),
+        ("seconds", pa.float64()),
+        ("snapshot", pa.float64()),
+        *_PLACE,
+    ],
+    metadata={"comp.table": "stages", "comp.version": str(FORMAT_VERSION)},
+)
+CURVE_SCHEMA = pa.schema(
+    [
+        *_IDENTITY,
+        ("ratio_asked", pa.float64()),
+        ("ratio_reached", pa.float64()),
+        ("gmacs", pa.float64()),
+        ("params", pa.int64()),
+        ("val", pa.float64()),
+        ("test", pa.float64()),
+        ("latency_ms", pa.float64()),
+        ("dense_latency_ms", pa.float64()),
+        ("fine_tuned", pa.int64()),
+        ("val_before_tuning", pa.float64()),
+        ("test_ratio", pa.float64()),
+        *_PLACE,
+    ],
+    metadata={"comp.table": "curve", "comp.version": str(FORMAT_VERSION)},
+)
+
+
+class RunMismatch(ValueError):
+    """A run directory belongs to another spec."""
+
+
+class Fenced(RuntimeError):
+    """Another worker has taken this run over; this one must stop writing."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it lies on disk.
+
+    Attributes:
+        location: The run directory.
+        uid: Made up when the directory was; tells a run from an earlier one of the same name.
+        job: What was asked for.
+        records: Everything finished so far.
+        outcome: ``"finished"``, ``"failed"`` (see ``failure``) or ``"unfinished"``: waiting,
+            running or interrupted.
+        failure: Why it failed.
+        environment: Versions, host and git commit of the worker that started it.
+    """
+
+    location: str
+    uid: str
+    job: Job
+    records: tuple[Record, ...]
+    outcome: Outcome
+    failure: Failure | None
+    environment: dict[str, str]
+
+    @property
+    def stages(self) -> list[StageRecord]:
+        """The finished stages."""
+        return [record.body for record in self.records if isinstance(record.body, StageRecord)]
+
+    @property
+    def points(self) -> list[CurvePoint]:
+        """The dense model and the finished ratios."""
+        return [record.body for record in self.records if isinstance(record.body, CurvePoint)]
+
+
+class RunDirectory:
+    """A run directory in the hands of the worker that fills it.
+
+    Attributes:
+        job: The job that the directory was opened for.
+        records: Everything durable so far; ``append`` adds to it.
+        finished: Whether the manifest is written.
+    """
+
+    def __init__(self, job: Job, storage: Storage) -> None:
+        self.job = job
+        self.storage = storage
+        self.records: list[Record] = []
+        self.finished = False
+        self._token = uuid.uuid4().hex
+
+    @classmethod
+    def open(cls, job: Job) -> Self:
+        """Creates a run directory or goes on with one, and takes it from any earlier owner.
+
+        Raises:
+            RunMismatch: If the directory holds the results of another spec.
+            StorageError: If it cannot be written.
+        """
+        run = cls(job, Storage(job.run_dir))
+        header = _read_json(run.storage, "job.json")
+        if header is None:
+            run._write_json("job.json", _header(job))
+            run.storage.write("spec.yaml", job.spec_text.encode())
+        else:
+            _check_owner(job, header, run.storage.location)
+        run.records, run.finished = _read_records(run.storage)
+        if not run.finished:
+            run._write_json(
+                "owner.json", {"token": run._token, "attempt": job.attempt, **_place()}
+            )
+            run.storage.remove("failure.json")
+            run._drop_states(newer_than=len(run.records) - 1)
+        return run
+
+    def append(
+        self,
+        body: StageRecord | CurvePoint,
+        *,
+        save: Callable[[Path], None] | None = None,
+        models: Mapping[str, Callable[[Path], None]] | None = None,
+    ) -> Record:
+        """Makes a record durable, after the checkpoint from which a run goes on behind it.
+
+        Args:
+            body: The finished stage or point.
+            save: Writes the whole state of the run into the directory it is given.
+            models: By name, what writes a finished model into the directory it is given.
+
+        Returns:
+            The record, for the worker to yield.
+
+        Raises:
+            Fenced: If another worker owns the directory by now.
+            StorageError: If it cannot be written.
+        """
+        record = Record(len(self.records), body, time.time(), self.job.attempt)
+        record = _as_read_back(self.job, record)
+        for name, write in (models or {}).items():
+            self.storage.write_tree(f"model/{name}", write)
+        if save is not None:
+            self.storage.write_tree(f"state/{record.index:05d}", save)
+        self._check_still_owned()
+        self._write_json(f"records/{record.index:05d}.json", record.to_dict())
+        self.records.append(record)
+        self._drop_states(older_than=record.index - STATES_KEPT + 1)
+        return record
+
+    @contextlib.contextmanager
+    def latest_state(self) -> Iterator[Path]:
+        """Gives the checkpoint behind the last record as a local directory.
+
+        Raises:
+            FileNotFoundError: If that record came without a checkpoint.
+        """
+        with self.storage.tree(f"state/{len(self.records) - 1:05d}") as path:
+            yield path
+
+    def finish(self) -> JobEnd:
+        """Writes the tables and the report, the manifest last, and clears checkpoints away."""
+        end = JobEnd(len(self.records), digest_of(self.records))
+        if self.finished:
+            return end
+        self._check_still_owned()
+        for name, table in tables_of(self.job, self.records).items():
+            self.storage.write(f"{name}.parquet", _parquet_bytes(table))
+        self._write_json("report.json", _report(self.job, self.records))
+        names = ["spec.yaml", "job.json", "stages.parquet", "curve.parquet", "report.json"]
+        manifest = {
+            "version": FORMAT_VERSION,
+            "run_id": self.job.run_id,
+            "content_id": self.job.content_id,
+            "num_records": end.num_records,
+            "digest": end.digest,
+            "files": [*names, *self.storage.sizes("model")],
+        }
+        self._write_json("manifest.json", manifest)
+        self.finished = True
+        for name in ("records", "state", "owner.json"):
+            self.storage.remove(name)
+        return end
+
+    def fail(self, failure: Failure) -> None:
+        """Notes why the run will not go on; opening the directory again forgets it."""
+        write_failure(self.job.run_dir, failure)
+
+    def _check_still_owned(self) -> None:
+        owner = _read_json(self.storage, "owner.json") or {}
+        if owner.get("token") != self._token:
+            raise Fenced(
+                f"{self.storage.location} was taken over by process {owner.get('pid')} on "
+                f"{owner.get('host')}; this worker stops"
+            )
+
+    def _drop_states(self, *, older_than: int = 0, newer_than: int = 2**31) -> None:
+        for name in self.storage.names("state"):
+            if not older_than <= int(name) <= newer_than:
+                self.storage.remove(f"state/{name}")
+
+    def _write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        self.storage.write(name, (json.dumps(values, indent=1) + "\n").encode())
+
+
+def write_failure(location: str, failure: Failure) -> None:
+    """Notes in a run directory why the run will not go on.
+
+    Raises:
+        StorageError: If it cannot be written.
+    """
+    text = json.dumps(dataclasses.asdict(failure), indent=1)
+    Storage(location).write("failure.json", text.encode())
+
+
+def read_run(location: str | Path) -> Run:
+    """Reads a run, finished or not.
+
+    Raises:
+        FileNotFoundError: If the directory holds no run.
+        ValueError: If a later version of this program wrote it.
+    """
+    storage = Storage(location)
+    header = _read_json(storage, "job.json")
+    if header is None:
+        raise FileNotFoundError(f"{storage.location} is not a run directory: job.json is missing")
+    if header["version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"{storage.location} has format version {header['version']}, but this program reads "
+            f"up to {FORMAT_VERSION}; update it"
+        )
+    spec = storage.read("spec.yaml").decode() if storage.exists("spec.yaml") else ""
+    records, finished = _read_records(storage)
+    failure = None if finished else _read_json(storage, "failure.json")
+    return Run(
+        location=storage.location,
+        uid=header["uid"],
+        job=Job.from_dict(header["job"] | {"run_dir": storage.location, "spec_text": spec}),
+        records=tuple(records),
+        outcome="finished" if finished else "failed" if failure else "unfinished",
+        failure=Failure(**failure) if failure else None,
+        environment=header["environment"],
+    )
+
+
+def list_runs(root: str | Path) -> list[str]:
+    """Returns the locations of the run directories directly under ``root``, sorted by name."""
+    storage = Storage(root)
+    return [
+        storage.child(name).location
+        for name in storage.names()
+        if storage.exists(f"{name}/job.json")
+    ]
+
+
+def tables_of(job: Job, records: Sequence[Record]) -> dict[str, pa.Table]:
+    """Returns the tables ``"stages"`` and ``"curve"`` of a run in their published schemas."""
+    rows = [(record, _row(job, record)) for record in records]
+    stages = [row for record, row in rows if record.stage]
+    points = [row for record, row in rows if record.point]
+    return {
+        "stages": pa.Table.from_pylist(stages, schema=STAGE_SCHEMA),
+        "curve": pa.Table.from_pylist(points, schema=CURVE_SCHEMA),
+    }
+
+
+def _row(job: Job, record: Record) -> dict[str, Any]:
+    """Returns one table row; what has no column of its own goes to ``extra`` as JSON."""
+    schema = STAGE_SCHEMA if record.stage else CURVE_SCHEMA
+    body = record.body.to_dict()
+    extra = {name: body.pop(name) for name in list(body) if name not in schema.names}
+    names = ("study", "trial", "model", "task", "method", "seed", "run_id")
+    place = {"index": record.index, "time": record.time, "attempt": record.attempt}
+    own = {name: getattr(job, name) for name in names}
+    return own | place | body | {"extra": json.dumps(extra) if extra else None}
+
+
+def _record_of(row: dict[str, Any], body_type: type[StageRecord] | type[CurvePoint]) -> Record:
+    values = row | json.loads(row["extra"] or "{}")
+    if "tokens" in values:
+        values["tokens"] = dict(values["tokens"])
+    fields = {field.name: values[field.name] for field in dataclasses.fields(body_type)}
+    return Record(row["index"], body_type.from_dict(fields), row["time"], row["attempt"])
+
+
+def _as_read_back(job: Job, record: Record) -> Record:
+    """Returns the record as the tables will give it back (an int in a float column, say).
+
+    Done when it is made, so that a stream replayed from the tables equals the first one bit for
+    bit, and so that what no table could hold fails at once.
+    """
+    tables = tables_of(job, [record])
+    if record.stage:
+        return _record_of(tables["stages"].to_pylist()[0], StageRecord)
+    return _record_of(tables["curve"].to_pylist()[0], CurvePoint)
+
+
+def _read_records(storage: Storage) -> tuple[list[Record], bool]:
+    """Returns the durable records and whether the run is finished."""
+    if storage.exists("manifest.json"):
+        return _read_tables(storage), True
+    try:
+        names = storage.names("records")
+        found = [_read_json(storage, f"records/{name}") for name in names]
+    except FileNotFoundError:
+        found = [None]
+    if None in found or (not found and storage.exists("manifest.json")):
+        return _read_tables(storage), True  # finished, and cleared away, while we looked
+    records = [Record.from_dict(values) for values in found if values is not None]
+    return records, False
+
+
+def _read_tables(storage: Storage) -> list[Record]:
+    records = []
+    for name, body_type in (("stages", StageRecord), ("curve", CurvePoint)):
+        data = storage.read(f"{name}.parquet")
+        rows = pq.read_table(pa.BufferReader(data)).to_pylist()
+        records += [_record_of(row, body_type) for row in rows]
+    return sorted(records, key=lambda record: record.index)
+
+
+def _read_json(storage: Storage, name: str) -> dict[str, Any] | None:
+    try:
+        values: dict[str, Any] = json.loads(storage.read(name))
+    except FileNotFoundError:
+        return None
+    return values
+
+
+def _parquet_bytes(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def _header(job: Job) -> dict[str, Any]:
+    values = job.to_dict()
+    del values["spec_text"], values["attempt"]
+    return {
+        "version": FORMAT_VERSION,
+        "uid": uuid.uuid4().hex,
+        "created": time.time(),
+        "content_id": job.content_id,
+        "job": values,
+        "environment": environment(),
+    }
+
+
+def _check_owner(job: Job, header: Mapping[str, Any], location: str) -> None:
+    theirs = Job.from_dict(header["job"])
+    if (theirs.content_id, theirs.study) == (job.content_id, job.study):
+        return
+    pairs = [(name, getattr(theirs, name), getattr(job, name)) for name in _DECISIVE]
+    pairs += [
+        (f"config.{name}", theirs.config.get(name), job.config.get(name))
+        for name in sorted(theirs.config.keys() | job.config.keys())
+    ]
+    what, old, new = next(pair for pair in pairs if pair[1] != pair[2])
+    raise RunMismatch(
+        f"{location} belongs to another spec ({what} is {old!r} there and {new!r} here); choose "
+        "another name or storage root, or delete that directory"
+    )
+
+
+_DECISIVE = ("study", "model", "task", "data", "kind", "runner")
+
+
+def _report(job: Job, records: Sequence[Record]) -> dict[str, Any]:
+    stages = [record.body for record in records if isinstance(record.body, StageRecord)]
+    modes = [stage.mode for stage in stages]
+    return {
+        "version": FORMAT_VERSION,
+        "run_id": job.run_id,
+        "study": job.study,
+        "trial": job.trial,
+        "kind": job.kind,
+        "model": job.model,
+        "task": job.task,
+        "method": job.method,
+        "seed": job.seed,
+        "content_id": job.content_id,
+        "num_stages": len(stages),
+        "stage_seconds": sum(stage.seconds for stage in stages),
+        "attempts": 1 + max((record.attempt for record in records), default=0),
+        "stages_by_mode": {mode: modes.count(mode) for mode in sorted(set(modes))},
+        "points": [_finite(record.body.to_dict()) for record in records if record.point],
+        "environment": environment(),
+    }
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Replaces NaN and infinities, which are not JSON, by ``None``."""
+    bad = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
+    return values | dict.fromkeys(bad)
+
+
+@functools.cache
+def environment() -> dict[str, str]:
+    """Returns versions, host, and the git commit if the code runs from a checkout."""
+    packages = ("comp-vlm", "torch", "transformers", "ray", "pyarrow", "numpy")
+    known = {"python": platform.python_version(), "host": socket.gethostname()}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            known[name] = importlib.metadata.version(name)
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        here = Path(__file__).parent
+        git = ["git", "-C", str(here), "rev-parse", "HEAD"]
+        done = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True)
+        known["git_commit"] = done.stdout.strip()
+    return known
+
+
+def _place() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid()}

@@ -1,0 +1,158 @@
+"""What a worker does with a job, in whatever process it runs: replay, go on, end."""
+
+import contextlib
+import copy
+import functools
+import gc
+import importlib
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comp.results import CurvePoint, StageRecord
+from orchestration.job import Failure, FailureKind, Job, JobEnd, Record
+from orchestration.storage import StorageError
+from orchestration.store import Fenced, RunDirectory
+
+if TYPE_CHECKING:
+    from comp.models import LoadedModel
+    from comp.tasks.base import Task
+
+Item = Record | JobEnd | Failure
+Runner = Callable[[Job, RunDirectory], Iterator[Record]]
+
+
+def run(job: Job, *, stop: Callable[[], FailureKind | None] = lambda: None) -> Iterator[Item]:
+    """Runs a job and yields its whole stream: old records, new records, and how it ended.
+
+    A record is yielded only after it and the checkpoint behind it are on disk. What the run itself
+    raises becomes a last ``Failure`` and is noted in the run directory, so that an exception out
+    of this generator always means that the worker is at fault, not the job.
+
+    Args:
+        job: The job.
+        stop: Asked after every new record; a kind ends the stream with a ``Failure`` of it.
+
+    Yields:
+        ``Record`` by ascending index, then one ``JobEnd`` or ``Failure``.
+
+    Raises:
+        Fenced: If another worker took the run over.
+    """
+    directory: RunDirectory | None = None
+    try:
+        directory = RunDirectory.open(job)
+        # No "yield from" here: Ray drives generators with send(), which lists do not have.
+        for record in list(directory.records):
+            yield record
+        if not directory.finished:
+            for record in _runner(job.runner)(job, directory):
+                yield record
+                kind = stop()
+                if kind is not None:
+                    yield Failure(kind, f"stopped after record {record.index}")
+                    return
+        yield directory.finish()
+    except Fenced:
+        raise
+    except Exception as error:
+        failure = _failure(job, error)
+        if directory is not None:
+            with contextlib.suppress(StorageError):
+                directory.fail(failure)
+        yield failure
+    finally:
+        gc.collect()
+
+
+def _failure(job: Job, error: Exception) -> Failure:
+    return Failure(
+        kind="storage" if isinstance(error, StorageError) else "algorithm",
+        message=str(error) or type(error).__name__,
+        error=type(error).__name__,
+        traceback="".join(traceback.format_exception(error)),
+        attempts=job.attempt + 1,
+    )
+
+
+def _runner(name: str) -> Runner:
+    """Finds ``"module:function"``.
+
+    Raises:
+        ValueError: If it is not of that form.
+        ImportError: If there is no such module.
+        AttributeError: If the module has no such function.
+    """
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise ValueError(f"runner must be 'module:function', but got {name!r}")
+    found: Runner = getattr(importlib.import_module(module), function)
+    return found
+
+
+def prune(job: Job, directory: RunDirectory) -> Iterator[Record]:
+    """The default runner: prunes a model from where ``directory`` left off.
+
+    Yields:
+        The records that are new.
+    """
+    import torch
+    from comp.pruner import Pruner, evaluate_dense
+
+    from comp import checkpoint
+
+    torch.set_num_threads(job.threads)
+    loaded, task = _load(job.model, job.task, job.data)
+    config = job.pruning_config
+    if job.kind == "dense":
+        if not directory.records:
+            point = evaluate_dense(loaded.model, task, config, model_name=loaded.name)
+            yield directory.append(point)
+        return
+    pruner = Pruner(
+        copy.deepcopy(loaded.model),
+        task,
+        config,
+        model_name=loaded.name,
+        dense=CurvePoint.from_dict(job.dense) if job.dense else None,
+        dense_model=loaded.model,
+    )
+    if directory.records:
+        with directory.latest_state() as state:
+            pruner.restore(state)
+
+    def save_finished(target: Path) -> None:
+        extra = {"run_id": job.run_id, "model": job.model, "task": job.task}
+        checkpoint.save_pruned(
+            pruner.finished_model, target, tokenizer=loaded.tokenizer, extra=extra
+        )
+
+    for body in pruner.run():
+        models = {model_name(body): save_finished} if _is_pruned_point(body) else None
+        yield directory.append(body, save=pruner.save, models=models)
+
+
+def model_name(point: CurvePoint) -> str:
+    """Returns the directory name of a finished model: ``"ratio-700"`` for a ratio of 0.7."""
+    return f"ratio-{round(point.ratio_asked * 1000):03d}"
+
+
+def _is_pruned_point(body: StageRecord | CurvePoint) -> bool:
+    return isinstance(body, CurvePoint) and body.ratio_asked > 0
+
+
+@functools.lru_cache(maxsize=2)
+def _load(model: str, task: str, data: str | None) -> "tuple[LoadedModel, Task]":
+    """Loads a dense model and its task once per process; callers must not change either."""
+    from comp.models import load_model
+    from comp.tasks import build_task
+
+    loaded = load_model(model)
+    built: Any = build_task(
+        task,
+        tokenizer=loaded.tokenizer,
+        image_size=loaded.image_size,
+        data=Path(data) if data else None,
+    )
+    return loaded, built
