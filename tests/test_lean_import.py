@@ -1,0 +1,75 @@
+"""Start-up stays light: heavy libraries are imported where they are used, not before."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("mlflow", "optuna", "ray", "torch", "transformers")
+
+LOADED_BY_HELP = """
+import sys
+from studies.cli import main
+sys.argv = ["comp", "--help"]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+print("loaded:", *sorted({name.split(".")[0] for name in sys.modules}))
+"""
+
+SECONDS_BEYOND_TORCH = """
+import time, torch
+start = time.process_time()
+import comp
+print(time.process_time() - start)
+"""
+
+
+def run(program: str) -> str:
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def loaded_by(statement: str) -> set[str]:
+    return set(run(f"{statement}; import sys; print(*sys.modules)").split())
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "comp",
+        "comp.config",
+        "comp.errors",
+        "comp.models.presets",
+        "comp.modes",
+        "comp.results",
+        "comp.strategy",
+        "comp.tasks.names",
+        "orchestration.job",
+        "studies.spec",
+    ],
+)
+def test_checking_a_study_needs_no_heavy_library(module: str) -> None:
+    assert not loaded_by(f"import {module}") & set(HEAVY)
+
+
+def test_help_needs_no_heavy_library() -> None:
+    loaded = run(LOADED_BY_HELP).splitlines()[-1].split()
+    assert loaded[0] == "loaded:"
+    assert not set(loaded) & set(HEAVY)
+
+
+def test_import_comp_takes_a_tenth_of_a_second_beyond_torch() -> None:
+    # Processor time and the best of three, so that a busy machine does not fail it.
+    assert min(float(run(SECONDS_BEYOND_TORCH)) for _ in range(3)) <= 0.1
+
+
+def test_public_names_are_found_on_first_use() -> None:
+    assert "torch" in loaded_by("import comp; comp.prune")
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        run("import comp; comp.prnue")
+    assert "AttributeError" in failure.value.stderr
