@@ -12,7 +12,7 @@ MAX_BYTES = 250_000
 MAX_ZOO_BYTES = 5_000_000
 
 MACHINE_PATH = re.compile(r"(?<![\w.$}/:-])/(?:home/(?!ray\b)\w|root\b|Users/|work\b)")
-LEFTOVER = re.compile(r"\b(?:TO" r"DO|FIX" r"ME|XX" r"X)\b|NotImplemented" r"Error")
+LEFTOVER = re.compile(r"\b(?:TO" r"DO|FIX" r"ME|XX" r"X)\b|raise Not" r"Implemented")
 TEXT = {".cfg", ".csv", ".md", ".py", ".sh", ".svg", ".toml", ".tsv", ".txt", ".yaml", ".yml", ""}
 
 
