@@ -1,0 +1,134 @@
+"""Words to token ids: the tokenizer that the OpenMoji tasks share, and padding to a batch."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+from tokenizers.pre_tokenizers import Split, WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]")
+_MARKS = r"[?,.:;!()/&']"
+
+
+def tokenizer_from_texts(
+    texts: Iterable[str], *, whole: Iterable[str] = (), max_words: int = 800
+) -> PreTrainedTokenizerFast:
+    """Makes a WordPiece tokenizer with BLIP's special tokens, the same for the same texts.
+
+    The vocabulary is counted here and not trained: the most frequent words are whole tokens, and
+    letters and digits as word pieces spell all other words.
+
+    Args:
+        texts: Texts whose words become tokens.
+        whole: Words that become one token each whatever their frequency, answers above all.
+        max_words: Largest number of whole words.
+
+    Returns:
+        A tokenizer whose sequences begin with ``[ENC]`` and end with ``[SEP]``; ``bos_token`` is
+        ``[DEC]``, which begins an answer.
+
+    Raises:
+        ValueError: If there is no text.
+    """
+    counts = Counter(word for text in texts for word in _words(text))
+    if not counts:
+        raise ValueError("a tokenizer needs at least one text, but got none")
+    words = dict.fromkeys(sorted(set(whole)))
+    for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        if len(words) < max_words:
+            words[word] = None
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789-"
+    pieces = [*letters, *(f"##{letter}" for letter in letters), "?", ",", ".", "'"]
+    vocabulary = list(dict.fromkeys([*SPECIAL_TOKENS, *words, *pieces]))
+    model = WordPiece({token: index for index, token in enumerate(vocabulary)}, unk_token="[UNK]")
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = BertNormalizer(lowercase=True)
+    # Hyphens stay inside words: "medium-dark" is one answer and one token.
+    marks = Split(pattern=_regex(_MARKS), behavior="isolated")
+    tokenizer.pre_tokenizer = PreTokenizers([WhitespaceSplit(), marks])
+    tokenizer.post_processor = TemplateProcessing(
+        single="[ENC] $A [SEP]",
+        pair="[ENC] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, vocabulary.index(token)) for token in ("[ENC]", "[SEP]")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        bos_token="[DEC]",
+        additional_special_tokens=["[ENC]"],
+        model_max_length=64,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_tokenizer(*, seed: int = 0) -> PreTrainedTokenizerFast:
+    """Makes the tokenizer of the embedded tasks from their training texts and answers.
+
+    Args:
+        seed: Seed of the training texts.
+    """
+    from comp.data.openmoji import load_openmoji
+    from comp.tasks.questions import all_answers, make_questions
+    from comp.tasks.statements import make_statements
+
+    drawings = load_openmoji().drawings
+    texts = [
+        *(one.text for one in make_questions(drawings, "train", num_questions=20_000, seed=seed)),
+        *(
+            one.text
+            for one in make_statements(drawings, "train", num_statements=20_000, seed=seed)
+        ),
+        *(one.caption for one in drawings if one.split == "train"),
+    ]
+    return tokenizer_from_texts(texts, whole=all_answers(drawings), max_words=700)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the token ids of each text, special tokens included, without padding."""
+    distinct = list(dict.fromkeys(texts))
+    ids = tokenizer(distinct, add_special_tokens=True, truncation=True)["input_ids"]
+    table = dict(zip(distinct, ids, strict=True))
+    return [table[text] for text in texts]
+
+
+def pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Pads token ids on the right to the longest of them.
+
+    Args:
+        sequences: ``B`` lists of ids.
+        value: What to pad with.
+
+    Returns:
+        Ids, ``(B, N)``, int64.
+    """
+    longest = max(len(sequence) for sequence in sequences)
+    return torch.tensor([[*ids, *([value] * (longest - len(ids)))] for ids in sequences])
+
+
+def pad_mask(sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Returns 1 where ``pad`` keeps an id and 0 where it pads, ``(B, N)``, int64."""
+    return pad([[1] * len(ids) for ids in sequences], 0)
+
+
+def _words(text: str) -> list[str]:
+    return [
+        part for word in text.lower().split() for part in re.split(f"({_MARKS})", word) if part
+    ]
+
+
+def _regex(pattern: str) -> object:
+    from tokenizers import Regex
+
+    return Regex(pattern)
