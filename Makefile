@@ -41,8 +41,7 @@ constraints: $(VENV)/.installed-dev  ## Write the installed releases into constr
 
 clean:  ## Remove caches and build products (.venv and runs stay)
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
-	@find comp orchestration studies tests benchmarks examples tools -name __pycache__ \
-		-type d -prune -exec rm -rf {} +
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt tools/install.sh
 	@tools/install.sh $*
