@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comp.results import CurvePoint, StageRecord
+from comp.results import CurvePoint
 from orchestration.job import Failure, FailureKind, Job, JobEnd, Record
 from orchestration.storage import StorageError
 from orchestration.store import Fenced, RunDirectory
@@ -98,22 +98,30 @@ def prune(job: Job, directory: RunDirectory) -> Iterator[Record]:
         The records that are new.
     """
     import torch
-    from comp.pruner import Pruner, evaluate_dense
-
-    from comp import checkpoint
 
     torch.set_num_threads(job.threads)
-    loaded, task = _load(job.model, job.task, job.data)
-    config = job.pruning_config
-    if job.kind == "dense":
-        if not directory.records:
-            point = evaluate_dense(loaded.model, task, config, model_name=loaded.name)
-            yield directory.append(point)
+    yield from _measure_dense(job, directory) if job.kind == "dense" else _prune(job, directory)
+
+
+def _measure_dense(job: Job, directory: RunDirectory) -> Iterator[Record]:
+    from comp.pruner import evaluate_dense
+
+    if directory.records:
         return
+    loaded, task = _load(job.model, job.task, job.data)
+    model = copy.deepcopy(loaded.model)
+    yield directory.append(evaluate_dense(model, task, job.pruning_config, model_name=loaded.name))
+
+
+def _prune(job: Job, directory: RunDirectory) -> Iterator[Record]:
+    from comp.checkpoint import save_pruned
+    from comp.pruner import Pruner
+
+    loaded, task = _load(job.model, job.task, job.data)
     pruner = Pruner(
         copy.deepcopy(loaded.model),
         task,
-        config,
+        job.pruning_config,
         model_name=loaded.name,
         dense=CurvePoint.from_dict(job.dense) if job.dense else None,
         dense_model=loaded.model,
@@ -121,25 +129,26 @@ def prune(job: Job, directory: RunDirectory) -> Iterator[Record]:
     if directory.records:
         with directory.latest_state() as state:
             pruner.restore(state)
-
-    def save_finished(target: Path) -> None:
-        extra = {"run_id": job.run_id, "model": job.model, "task": job.task}
-        checkpoint.save_pruned(
-            pruner.finished_model, target, tokenizer=loaded.tokenizer, extra=extra
-        )
-
     for body in pruner.run():
-        models = {model_name(body): save_finished} if _is_pruned_point(body) else None
+        models: dict[str, Callable[[Path], None]] = {}
+        if isinstance(body, CurvePoint) and body.ratio_asked > 0:
+            assert pruner.finished_model is not None
+            card = _card(job, loaded, body)
+            models[model_name(body.ratio_asked)] = functools.partial(
+                save_pruned, pruner.finished_model, tokenizer=loaded.tokenizer, card=card
+            )
         yield directory.append(body, save=pruner.save, models=models)
 
 
-def model_name(point: CurvePoint) -> str:
-    """Returns the directory name of a finished model: ``"ratio-700"`` for a ratio of 0.7."""
-    return f"ratio-{round(point.ratio_asked * 1000):03d}"
+def _card(job: Job, loaded: "LoadedModel", point: CurvePoint) -> dict[str, Any]:
+    """Returns what is known of a finished model; ``comp.models.load_model`` reads it back."""
+    own = {"task": job.task, "run": job.run_id, "pruned_from": loaded.name}
+    return loaded.card | own | {"point": point.to_dict()}
 
 
-def _is_pruned_point(body: StageRecord | CurvePoint) -> bool:
-    return isinstance(body, CurvePoint) and body.ratio_asked > 0
+def model_name(ratio: float) -> str:
+    """Returns the directory of a finished model under ``model/``: ``"ratio-700"`` for 0.7."""
+    return f"ratio-{round(ratio * 1000):03d}"
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,0 +1,231 @@
+"""A running Ray to work on: one started here for this process, or one that already runs."""
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import ray
+from ray.exceptions import RayActorError
+
+from orchestration.executor import Resources
+from orchestration.lock import LockHeld
+
+OBJECT_STORE_MIB = 200  # jobs and records are small; models are loaded by the workers themselves
+NAMESPACE = "comp"
+
+_ray: Any = ray  # for the few of its functions that have no types
+
+
+class ClusterError(RuntimeError):
+    """There is no Ray cluster to work on, or it has no room."""
+
+
+class Cluster:
+    """A connection to Ray.
+
+    Attributes:
+        address: Address of the cluster.
+        owned: Whether the cluster was started for this process and ends with it.
+    """
+
+    def __init__(self, address: str, *, owned: bool, scratch: Path | None = None) -> None:
+        self.address, self.owned = address, owned
+        self._scratch = scratch
+
+    def close(self) -> None:
+        """Leaves the cluster; ends it if it was started here."""
+        if self.owned:
+            ray.shutdown()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def connect(address: str | None = None, *, num_cpus: int | None = None) -> Cluster:
+    """Joins the cluster at ``address`` or ``RAY_ADDRESS``, or starts one on this machine.
+
+    A cluster that this process is already connected to is used as it is.
+
+    Args:
+        address: ``host:port``, ``"auto"``, or ``None`` for what the environment says.
+        num_cpus: CPUs of a cluster that is started here; ``None`` for those of the machine.
+
+    Raises:
+        ClusterError: If it cannot be reached, runs other versions, or does not start.
+    """
+    if ray.is_initialized():
+        return Cluster(ray.get_runtime_context().gcs_address, owned=False)
+    _silence_raylet()
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address and address != "local":
+        return _join(address)
+    return _start(num_cpus)
+
+
+def _join(address: str) -> Cluster:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        raise ClusterError(_explain(address, error)) from error
+    return Cluster(address, owned=True)
+
+
+def _start(num_cpus: int | None) -> Cluster:
+    # A fresh cluster of one user on one machine needs neither tokens nor statistics; without
+    # these two Ray writes a token into the home directory and talks about both.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    scratch = Path(tempfile.mkdtemp(prefix="comp-ray-", dir=_short_temporary_directory()))
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_MIB * 2**20,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(scratch),
+        )
+    except Exception as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise ClusterError(f"Ray did not start on this machine: {_first_line(error)}") from error
+    return Cluster(ray.get_runtime_context().gcs_address, owned=True, scratch=scratch)
+
+
+def _short_temporary_directory() -> str:
+    """Returns a directory in which Ray's sockets stay below the 107 bytes that Unix allows."""
+    usual = tempfile.gettempdir()
+    return usual if len(usual) <= 24 or not Path("/tmp").is_dir() else "/tmp"
+
+
+def _explain(address: str, error: Exception) -> str:
+    """Turns what Ray raises on joining into one sentence."""
+    text = str(error)
+    if "ersion mismatch" in text:
+        versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", text)
+        if len(versions) == 2:
+            (their_ray, their_python), (our_ray, our_python) = versions
+            return (
+                f"the Ray cluster at {address} runs Ray {their_ray} on Python {their_python}, but "
+                f"this process has Ray {our_ray} on Python {our_python}; install the cluster's "
+                "versions here, or unset RAY_ADDRESS to work on this machine alone"
+            )
+    return (
+        f"no Ray cluster can be joined at {address} ({_first_line(error)}); start one with 'ray "
+        "start --head', or unset RAY_ADDRESS to work on this machine alone"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def check_fits(resources: Resources) -> None:
+    """Refuses slots that no node of the cluster could ever hold.
+
+    Raises:
+        ClusterError: With what is asked for and what the nodes have.
+    """
+    nodes = [node["Resources"] for node in _ray.nodes() if node["Alive"]]
+    if any(_holds(node, resources) for node in nodes):
+        return
+    largest: dict[str, float] = max(nodes, key=lambda node: node.get("CPU", 0.0), default={})
+    raise ClusterError(
+        f"a slot asks for {resources}, but the largest of {len(nodes)} nodes has {_show(largest)}"
+        "; ask for less or add a node"
+    )
+
+
+def describe_room(resources: Resources, num_slots: int) -> str:
+    """Says in one clause what is asked for, what there is and what of it is free."""
+    free, total = _ray.available_resources(), _ray.cluster_resources()
+    return (
+        f"{num_slots} slots of {resources} are asked for, and {_show(free)} of {_show(total)} "
+        "are free in the cluster"
+    )
+
+
+def _holds(node: dict[str, float], resources: Resources) -> bool:
+    return (
+        node.get("CPU", 0.0) >= resources.cpus
+        and node.get("GPU", 0.0) >= resources.gpus
+        and node.get("memory", 0.0) >= (resources.memory_mib or 0) * 2**20
+    )
+
+
+def _show(amounts: dict[str, float]) -> str:
+    text = f"{amounts.get('CPU', 0.0):g} CPUs"
+    if amounts.get("GPU"):
+        text += f", {amounts['GPU']:g} GPUs"
+    return f"{text}, {amounts.get('memory', 0.0) / 2**20:.0f} MiB"
+
+
+class _Owner:
+    """The actor behind a study's lock; Ray ends it when its driver ends."""
+
+    def __init__(self, host: str, pid: int) -> None:
+        self._owner = host, pid
+
+    def owner(self) -> tuple[str, int]:
+        return self._owner
+
+
+@contextlib.contextmanager
+def hold_study(study: str) -> Iterator[None]:
+    """Keeps other drivers of the same cluster off a study.
+
+    Raises:
+        LockHeld: If another driver has it.
+    """
+    actor = _claim(study)
+    try:
+        yield
+    finally:
+        if ray.is_initialized():
+            ray.kill(actor)
+
+
+def _claim(study: str, *, patience: float = 10.0) -> Any:
+    name = f"study:{study}"
+    me = socket.gethostname(), os.getpid()
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            owner = ray.remote(num_cpus=0)(_Owner)
+            actor: Any = owner.options(name=name, namespace=NAMESPACE).remote(*me)
+            ray.get(actor.owner.remote())
+            return actor
+        except ValueError:  # the name is taken
+            with contextlib.suppress(RayActorError, ValueError):
+                holder: Any = ray.get_actor(name, NAMESPACE)
+                raise LockHeld(study, *ray.get(holder.owner.remote())) from None
+        if time.monotonic() > deadline:
+            raise ClusterError(f"the lock of study {study!r} is neither free nor held; try again")
+        time.sleep(0.2)  # its holder has just died, and Ray has not noticed yet
+
+
+def _silence_raylet() -> None:
+    """Keeps Ray from printing a paragraph on standard output for every lost worker.
+
+    The pool reports those in a line of its own, and standard output belongs to results. Ray has
+    no public switch for it; without the private name nothing changes but the noise.
+    """
+    from ray._private import worker
+
+    if hasattr(worker, "print_to_stdstream"):
+        log = logging.getLogger("orchestration.raylet")
+        worker.print_to_stdstream = lambda data, **_: log.debug("\n".join(data["lines"]))

@@ -1,0 +1,422 @@
+"""An elastic pool of warm Ray actors that run jobs and stream their records back.
+
+Any ready actor takes the next job; nothing ever waits for a given one. The driver owns retries:
+actors and their tasks have none of Ray's own, because Ray matches a retried stream with the first
+by index and cuts it off without an error where they differ.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Self
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from orchestration import worker
+from orchestration.cluster import ClusterError, check_fits, describe_room, hold_study
+from orchestration.executor import (
+    Event,
+    Handle,
+    Resources,
+    StreamBroken,
+    accept,
+    check_not_under_way,
+)
+from orchestration.job import Failure, FailureKind, Job, Notice
+from orchestration.storage import StorageError
+from orchestration.store import write_failure
+
+_log = logging.getLogger(__name__)
+
+RESTART_PAUSE = 1.0  # seconds before another actor is started after one that did not come up
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an actor lives.
+
+    Attributes:
+        host: Host name.
+        pid: Process id on that host.
+    """
+
+    host: str
+    pid: int
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+class PrunerActor:
+    """One slot of the pool: a process that keeps its models loaded between jobs."""
+
+    def __init__(self) -> None:
+        self._preempted = False
+        self._busy = False
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
+        """Lets the current stage become durable; there usually are 30 seconds left."""
+        self._preempted = True
+        if not self._busy:
+            raise SystemExit(0)
+
+    def where(self) -> Place:
+        """Returns where this actor lives, once it has nothing else to do."""
+        return Place(socket.gethostname(), os.getpid())
+
+    def run(self, job: Job) -> Iterator[worker.Item]:
+        """Yields the job's stream; see ``worker.run``."""
+        self._busy = True
+        try:
+            yield from worker.run(job, stop=self._stop)
+        finally:
+            self._busy = False
+
+    def _stop(self) -> FailureKind | None:
+        if self._preempted:
+            return "preempted"
+        return "cancelled" if ray.get_runtime_context().is_canceled() else None
+
+
+@dataclass(eq=False)
+class _Slot:
+    """An actor and what it is doing.
+
+    Attributes:
+        actor: Ray's handle.
+        since: Monotonic time of its start, or of the last sign of life while it runs a job.
+        place: Where it lives, once it has answered.
+        handle: The job it runs.
+        warm_for: Model, task and data of its last job.
+        num_jobs: Jobs it has taken.
+    """
+
+    actor: Any
+    since: float
+    place: Place | None = None
+    handle: Handle | None = None
+    warm_for: tuple[str, str, str | None] | None = None
+    num_jobs: int = 0
+
+
+class RayExecutor:
+    """Runs jobs on a Ray cluster that the process is connected to (``cluster.connect``)."""
+
+    def __init__(
+        self,
+        num_slots: int,
+        resources: Resources | None = None,
+        *,
+        max_losses: int = 5,
+        stage_timeout: float | None = None,
+        recycle_after: int | None = None,
+        start_timeout: float = 60.0,
+        cancel_grace: float = 10.0,
+    ) -> None:
+        """Checks that a slot fits on the cluster; the first actors start with the first jobs.
+
+        Args:
+            num_slots: Jobs that run at a time, if the cluster has room.
+            resources: What one slot asks for.
+            max_losses: Workers that a job may lose before it fails.
+            stage_timeout: Longest time between two records of a job in seconds, loading and
+                fine-tuning included; a worker that is silent for longer counts as lost.
+            recycle_after: Jobs after which an actor is replaced; ``None`` for never.
+            start_timeout: Seconds to wait for room on the cluster while nothing else runs.
+            cancel_grace: Seconds that a cancelled job's worker has to finish its stage before it
+                is replaced.
+
+        Raises:
+            ClusterError: If no node could hold a slot.
+            ValueError: If a number is out of bounds.
+        """
+        if num_slots < 1:
+            raise ValueError(f"num_slots must be at least 1, but got {num_slots}")
+        self._num_slots = num_slots
+        self._resources = resources or Resources()
+        self._max_losses = max_losses
+        self._stage_timeout = stage_timeout
+        self._recycle_after = recycle_after
+        self._start_timeout = start_timeout
+        self._cancel_grace = cancel_grace
+        self._pending: deque[Handle] = deque()
+        self._losses: dict[Handle, int] = {}  # of every unfinished job
+        self._starting: dict[Any, _Slot] = {}  # by the reference that tells it is free
+        self._idle: list[_Slot] = []
+        self._busy: dict[Any, _Slot] = {}  # by its stream
+        self._outbox: list[Event] = []
+        self._last_progress = time.monotonic()
+        self._next_start = 0.0
+        self._actor_class = self._options(PrunerActor)
+        check_fits(self._resources)
+
+    def _options(self, actor: type[PrunerActor]) -> Any:
+        asked: dict[str, Any] = {
+            "num_cpus": self._resources.cpus,
+            "num_gpus": self._resources.gpus,
+        }
+        if self._resources.memory_mib:
+            asked["memory"] = self._resources.memory_mib * 2**20
+        return ray.remote(max_restarts=0, max_task_retries=0, **asked)(actor)
+
+    @property
+    def num_slots(self) -> int:
+        """Jobs that run at a time, if the cluster has room."""
+        return self._num_slots
+
+    @property
+    def free_slots(self) -> int:
+        """Jobs that may be submitted before others must end."""
+        return max(0, self._num_slots - len(self._losses))
+
+    @property
+    def places(self) -> list[tuple[Place, str | None]]:
+        """Where the ready actors live, and the run id of the job that each is running."""
+        ready = [*self._idle, *self._busy.values()]
+        return [
+            (slot.place, slot.handle.job.run_id if slot.handle else None)
+            for slot in ready
+            if slot.place
+        ]
+
+    def submit(self, job: Job) -> Handle:
+        """Accepts a job and returns at once."""
+        check_not_under_way(job, self._losses)
+        handle = Handle(job)
+        if not self._losses:
+            self._last_progress = time.monotonic()
+        self._losses[handle] = 0
+        self._pending.append(handle)
+        return handle
+
+    def events(self) -> Iterator[Event]:
+        """Yields events until every submitted job has ended; jobs may be submitted meanwhile.
+
+        Raises:
+            ClusterError: If no worker can be started.
+        """
+        while self._losses or self._outbox:
+            yield from self.poll(1.0)
+
+    def poll(self, timeout: float) -> list[Event]:
+        """Waits up to ``timeout`` seconds for events.
+
+        Raises:
+            ClusterError: If no worker can be started.
+        """
+        self._drop_silent()
+        self._top_up()
+        self._dispatch()
+        waiting = [*self._busy, *self._starting]
+        if waiting:
+            timeout = 0.0 if self._outbox else timeout
+            ready, _ = ray.wait(waiting, num_returns=1, timeout=timeout)
+            if ready and len(waiting) > 1:
+                ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+            for reference in ready:
+                if reference in self._starting:
+                    self._join(reference)
+                elif reference in self._busy:
+                    self._advance(reference)
+        elif self._pending and not self._outbox:
+            time.sleep(min(timeout, RESTART_PAUSE))
+        self._check_room()
+        events, self._outbox = self._outbox, []
+        return events
+
+    def _top_up(self) -> None:
+        """Starts as many actors as there are jobs to run, up to the number of slots."""
+        if time.monotonic() < self._next_start:
+            return
+        num_actors = len(self._starting) + len(self._idle) + len(self._busy)
+        for _ in range(num_actors, min(self._num_slots, len(self._losses))):
+            slot = _Slot(self._actor_class.remote(), time.monotonic())
+            self._starting[slot.actor.where.remote()] = slot
+
+    def _join(self, reference: Any) -> None:
+        """Makes an actor that has started, or finished a cancelled job, available."""
+        slot = self._starting.pop(reference)
+        try:
+            slot.place = ray.get(reference)
+        except RayError as error:
+            _log.warning("a worker did not start: %s", _last_line(error))
+            self._next_start = time.monotonic() + RESTART_PAUSE
+            return
+        self._last_progress = time.monotonic()
+        self._idle.append(slot)
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        while self._pending and self._idle:
+            handle = self._pending.popleft()
+            slot = self._take_idle(handle.job)
+            slot.handle, slot.since = handle, time.monotonic()
+            slot.num_jobs += 1
+            stream = slot.actor.run.options(num_returns="streaming").remote(handle.job)
+            self._busy[stream] = slot
+            notice = Notice("started", f"runs in {slot.place}", handle.job.attempt)
+            self._outbox.append(Event(handle, notice))
+
+    def _take_idle(self, job: Job) -> _Slot:
+        """Prefers an actor that has the job's model loaded."""
+        key = (job.model, job.task, job.data)
+        slot = next((slot for slot in self._idle if slot.warm_for == key), self._idle[-1])
+        self._idle.remove(slot)
+        slot.warm_for = key
+        return slot
+
+    def _advance(self, stream: Any) -> None:
+        """Takes the next item of a stream that has one."""
+        slot = self._busy[stream]
+        assert slot.handle is not None
+        slot.since = self._last_progress = time.monotonic()
+        try:
+            item: worker.Item = ray.get(next(stream))
+            if isinstance(item, Failure) and item.kind == "preempted":
+                self._lose(stream, "its machine is being taken away", charge=False)
+                return
+            event = accept(slot.handle, item)
+        except StopIteration:
+            self._lose(stream, "its stream ended early")
+        except StreamBroken as error:
+            self._lose(stream, f"its stream is broken: {error}")
+        except RayTaskError as error:
+            self._lose(stream, f"it failed outside the run: {_last_line(error)}")
+        except RayError as error:
+            self._lose(stream, _last_line(error))
+        else:
+            self._outbox += [event] if event else []
+            if slot.handle.done:
+                self._release(stream)
+
+    def _release(self, stream: Any) -> None:
+        """Books a finished job off and makes its actor available, or replaces it."""
+        slot = self._busy.pop(stream)
+        assert slot.handle is not None
+        del self._losses[slot.handle]
+        slot.handle = None
+        if self._recycle_after and slot.num_jobs >= self._recycle_after:
+            ray.kill(slot.actor)
+        else:
+            self._idle.append(slot)
+
+    def _lose(
+        self,
+        stream: Any,
+        reason: str,
+        *,
+        charge: bool = True,
+        kind: FailureKind = "infrastructure",
+    ) -> None:
+        """Gives a lost worker up and its job to another one, or up as well."""
+        slot = self._busy.pop(stream)
+        handle = slot.handle
+        assert handle is not None
+        _kill(slot)
+        self._losses[handle] += int(charge)
+        losses = self._losses[handle]
+        _log.debug("%s lost %s: %s", handle.job.run_id, slot.place, reason)
+        if losses <= self._max_losses:
+            handle.job = handle.job.next_attempt()
+            self._pending.appendleft(handle)
+            text = f"lost {slot.place} ({reason}); goes on from its last stage"
+            text += f", loss {losses} of at most {self._max_losses}" if charge else ""
+            self._outbox.append(Event(handle, Notice("retrying", text, handle.job.attempt)))
+            return
+        text = f"lost {losses} workers, the last one, {slot.place}, because {reason}"
+        self._give_up(handle, Failure(kind, text, attempts=handle.job.attempt + 1))
+
+    def _give_up(self, handle: Handle, failure: Failure) -> None:
+        if failure.kind != "cancelled":
+            with contextlib.suppress(StorageError):
+                write_failure(handle.job.run_dir, failure)
+        del self._losses[handle]
+        event = accept(handle, failure)
+        self._outbox += [event] if event else []
+
+    def _drop_silent(self) -> None:
+        """Gives up workers that are silent for longer than allowed."""
+        now = time.monotonic()
+        for stream, slot in list(self._busy.items()):
+            if self._stage_timeout and now - slot.since > self._stage_timeout:
+                reason = f"it gave no record for {self._stage_timeout:g} s"
+                self._lose(stream, reason, kind="timeout")
+        for reference, slot in list(self._starting.items()):
+            if slot.place and now - slot.since > self._cancel_grace:
+                del self._starting[reference]
+                _kill(slot)
+
+    def _check_room(self) -> None:
+        """Stops waiting for workers that do not come.
+
+        Raises:
+            ClusterError: If nothing runs and no actor started within ``start_timeout``.
+        """
+        silent = time.monotonic() - self._last_progress
+        if self._pending and not self._busy and silent > self._start_timeout:
+            room = describe_room(self._resources, self._num_slots)
+            raise ClusterError(
+                f"no worker started within {self._start_timeout:g} s: {room}; end other jobs, add "
+                "nodes or ask for less"
+            )
+
+    def cancel(self, handle: Handle) -> None:
+        """Ends a job; its worker stays warm if it finishes its stage within ``cancel_grace``."""
+        if handle not in self._losses:
+            return
+        if handle in self._pending:
+            self._pending.remove(handle)
+        for stream, slot in list(self._busy.items()):
+            if slot.handle is handle:
+                del self._busy[stream]
+                ray.cancel(stream)
+                slot.handle, slot.since = None, time.monotonic()
+                self._starting[slot.actor.where.remote()] = slot
+        attempts = handle.job.attempt + 1
+        self._give_up(handle, Failure("cancelled", "cancelled", attempts=attempts))
+
+    def hold(self, study: str) -> AbstractContextManager[None]:
+        """Keeps other drivers of the cluster off a study.
+
+        Raises:
+            LockHeld: If another driver has it (on entry).
+        """
+        return hold_study(study)
+
+    def close(self) -> None:
+        """Ends every actor; unfinished jobs stay resumable."""
+        slots = [*self._starting.values(), *self._idle, *self._busy.values()]
+        if ray.is_initialized():
+            for slot in slots:
+                _kill(slot)
+        for collection in (self._starting, self._idle, self._busy, self._pending, self._losses):
+            collection.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _kill(slot: _Slot) -> None:
+    with contextlib.suppress(RayError, ValueError):
+        ray.kill(slot.actor)
+
+
+def _last_line(error: Exception) -> str:
+    """Returns the telling line of one of Ray's long messages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, RayTaskError):
+        return lines[-1]
+    return lines[0].rstrip(".") if lines else type(error).__name__
