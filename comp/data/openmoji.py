@@ -34,7 +34,7 @@ ATTRIBUTION = (
 )
 SKIN_TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 
-_BUILD = "1"  # of the rules in this file: another number makes another cache file
+_BUILD = "2"  # of the rules in this file: another number makes another cache file
 _REFERENCE_SIZE = 64  # pixels at which drawings are compared and colours counted
 _TONE_POINTS = dict(zip(("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"), SKIN_TONES, strict=True))
 _TONE_COLOURS = {
@@ -45,8 +45,8 @@ _TONE_COLOURS = {
     "dark": "#6A462F",
     "yellow": "#FCEA2B",
 }
-# The palette of OpenMoji's style guide (openmoji.org/styleguide), black and white left out:
-# every drawing has black lines on white ground.
+# The palette of OpenMoji's style guide (openmoji.org/styleguide) without pure black and white:
+# every drawing has black lines on white ground. Its darkest grey is a black area to the eye.
 _PALETTE = {
     "#92D3F5": "blue",
     "#61B2E4": "blue",
@@ -69,7 +69,7 @@ _PALETTE = {
     "#6A462F": "brown",
     "#D0CFCE": "grey",
     "#9B9B9A": "grey",
-    "#3F3F3F": "grey",
+    "#3F3F3F": "black",
 }
 _GROUPS = {
     "smileys-emotion": "smiley",
@@ -433,12 +433,12 @@ def _share(pixels: NDArray[np.uint8], colour: str) -> float:
 
 
 def _main_colour(pixels: NDArray[np.uint8]) -> str:
-    """Names the colour of the largest area if it covers 5 % and twice as much as any other."""
+    """Names the colour of the largest area if it covers 8 % and twice as much as any other."""
     shares: dict[str, float] = defaultdict(float)
     for colour, name in _PALETTE.items():
         shares[name] += _share(pixels, colour)
     (first, most), (_, second) = sorted(shares.items(), key=lambda item: -item[1])[:2]
-    return first if most >= 0.05 and most >= 2 * second else ""
+    return first if most >= 0.08 and most >= 2 * second else ""
 
 
 def _to_row(drawing: Drawing, png: bytes) -> Row:

@@ -34,11 +34,11 @@ _WEIGHTS = {
     "role": 0.10,
     "activity": 0.10,
     "colour": 0.10,
-    "yes/no kind": 0.07,
-    "yes/no group": 0.03,
-    "yes/no skin_tone": 0.03,
-    "yes/no gender": 0.02,
-    "yes/no colour": 0.03,
+    "yes/no kind": 0.05,
+    "yes/no group": 0.02,
+    "yes/no skin_tone": 0.02,
+    "yes/no gender": 0.015,
+    "yes/no colour": 0.02,
 }
 _OPEN = {
     "kind": (

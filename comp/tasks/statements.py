@@ -184,7 +184,9 @@ def make_statements(
 def _four(rng: random.Random, pools: _Pools, name: str) -> list[Statement]:
     value = rng.choice(list(pools.by_value[name]))
     image = pools.pick(rng, name, value)
-    negative = pools.negative(rng, image, name)
+    # A kind differs half the time from one of its own group, half the time from any.
+    is_far = name == "kind" and rng.random() < 0.5
+    negative = pools.other(rng, name, value) if is_far else pools.negative(rng, image, name)
     if negative is None:
         return []
     form = rng.choice(_FORMS)
