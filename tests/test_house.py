@@ -67,7 +67,8 @@ def test_no_path_of_one_machine_is_named() -> None:
 
 def test_text_ends_with_one_newline_and_has_no_trailing_spaces() -> None:
     assert [n for n, text in texts() if text and not re.search(r"[^\n]\n\Z", text)] == []
-    assert lines_with(re.compile(r"[ \t]+$")) == []
+    tables = tuple(name for name, _ in texts() if name.endswith(".tsv"))  # empty last cells
+    assert lines_with(re.compile(r"[ \t]+$"), but=tables) == []
 
 
 def test_no_module_is_named_for_nothing_in_particular() -> None:
