@@ -109,15 +109,20 @@ def check_places(spec: RunSpec) -> None:
     if spec.task not in TASKS:
         hint = nearest(spec.task, list(TASKS))
         raise SpecError(f"task must be one of {', '.join(TASKS)}, but got {spec.task!r}{hint}")
-    if spec.model not in MODEL_PRESETS and not Path(spec.model).is_dir():
+    preset = MODEL_PRESETS.get(spec.model)
+    if preset is not None and preset.task != spec.task:
+        raise SpecError(
+            f"model {spec.model!r} was trained for task {preset.task!r}, but task is {spec.task!r}"
+        )
+    if preset is None and not Path(spec.model).is_dir():
         hint = nearest(spec.model, list(MODEL_PRESETS))
         raise SpecError(
             f"model must be a directory or one of {', '.join(MODEL_PRESETS)}, "
             f"but got {spec.model!r}{hint}"
         )
-    if spec.data is not None and not Path(spec.data).is_dir():
+    if spec.data is not None and not Path(spec.data).exists():
         raise SpecError(
-            f"data must be a directory, but there is none at {spec.data!r}; "
+            f"data must be a data set file or directory, but there is none at {spec.data!r}; "
             "leave it out for the embedded data set"
         )
 

@@ -1,0 +1,200 @@
+"""Accuracy against FLOPs ratio: interpolation, area, Pareto front, spread over seeds.
+
+A curve is the dense model at ratio 0 and the points of one run, joined by straight lines over the
+ratio that was *reached*. Nothing is extrapolated beyond ``SLACK``.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from numpy.typing import NDArray
+
+from comp.results import CurvePoint
+from orchestration.store import Run, tables_of
+
+SLACK = 0.01  # runs end within the config's tolerance of the asked ratio, so 0.7975 stands for 0.8
+
+Metric = Literal["val", "test"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The points of one run.
+
+    Attributes:
+        run: Run id.
+        points: The dense model first, then ascending ratios.
+        study: Name of the study, ``""`` for a run of its own.
+        trial: Optuna's trial number, -1 outside a study.
+    """
+
+    run: str
+    points: tuple[CurvePoint, ...]
+    study: str = ""
+    trial: int = -1
+
+    def __post_init__(self) -> None:
+        if not self.points:
+            raise ValueError(f"run {self.run!r} has no points yet, so it has no curve")
+        ordered = tuple(sorted(self.points, key=lambda point: point.ratio_reached))
+        object.__setattr__(self, "points", ordered)
+
+    @property
+    def last(self) -> CurvePoint:
+        """The most pruned point."""
+        return self.points[-1]
+
+    @property
+    def dense(self) -> CurvePoint | None:
+        """The dense model, if the run has measured it."""
+        return self.points[0] if self.points[0].method == "dense" else None
+
+    @property
+    def ratios(self) -> NDArray[np.float64]:
+        """Ratios reached, ascending, ``(P,)``."""
+        return np.array([point.ratio_reached for point in self.points])
+
+    def values(self, metric: Metric = "val") -> NDArray[np.float64]:
+        """Returns the metric of every point, ``(P,)``."""
+        return np.array([float(getattr(point, metric)) for point in self.points])
+
+
+def value_at(curve: Curve, ratio: float, metric: Metric = "val") -> float:
+    """Reads a curve at one ratio.
+
+    Raises:
+        ValueError: If the ratio is more than ``SLACK`` outside what the run covers.
+    """
+    return float(_interpolate(curve, np.array([ratio]), metric)[0])
+
+
+def area(curve: Curve, low: float, high: float, metric: Metric = "val") -> float:
+    """Returns the mean height of a curve between two ratios, in the metric's own points.
+
+    It is the exact area under the straight lines, divided by ``high - low``, so that a model that
+    loses nothing scores its dense accuracy.
+
+    Raises:
+        ValueError: If ``low`` is not below ``high``, or the run does not cover both.
+    """
+    if not low < high:
+        raise ValueError(f"low must be below high, but got {low:g} and {high:g}")
+    inner = [ratio for ratio in curve.ratios if low < ratio < high]
+    knots = np.array([low, *inner, high])
+    heights = _interpolate(curve, knots, metric)
+    return float(np.trapezoid(heights, knots) / (high - low))
+
+
+def _interpolate(curve: Curve, ratios: NDArray[np.float64], metric: Metric) -> NDArray[np.float64]:
+    known = curve.ratios
+    if ratios.min() < known[0] - SLACK or ratios.max() > known[-1] + SLACK:
+        wrong = ratios.min() if ratios.min() < known[0] - SLACK else ratios.max()
+        raise ValueError(
+            f"run {curve.run!r} covers ratios {known[0]:.3f} to {known[-1]:.3f}, so it has no "
+            f"{metric} at {wrong:g}"
+        )
+    heights: NDArray[np.float64] = np.interp(ratios, known, curve.values(metric))
+    return heights
+
+
+def best_curve(curves: Sequence[Curve], ratio: float, metric: Metric = "val") -> Curve | None:
+    """Returns the curve that is highest at a ratio; ``None`` if none reaches it."""
+    able = [curve for curve in curves if covers(curve, ratio)]
+    return max(able, key=lambda curve: value_at(curve, ratio, metric), default=None)
+
+
+def covers(curve: Curve, ratio: float) -> bool:
+    """Tells whether a curve may be read at a ratio."""
+    return bool(curve.ratios[0] - SLACK <= ratio <= curve.ratios[-1] + SLACK)
+
+
+def pareto_front(points: Iterable[CurvePoint], metric: Metric = "val") -> list[CurvePoint]:
+    """Returns the points that no other beats in both cost and metric, cheapest first.
+
+    Of points that are equal in both, the first stays.
+    """
+    front: list[CurvePoint] = []
+    for point in sorted(points, key=lambda p: (p.gmacs, -getattr(p, metric))):
+        if not front or getattr(point, metric) > getattr(front[-1], metric):
+            front.append(point)
+    return front
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and spread of one value over seeds.
+
+    Attributes:
+        mean: The mean.
+        std: The sample standard deviation (n - 1); 0 for a single value.
+        num: Number of values.
+    """
+
+    mean: float
+    std: float
+    num: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" + (f" ± {self.std:.2f}" if self.num > 1 else "")
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Returns mean and spread of values.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if not values:
+        raise ValueError("mean and spread need at least one value, but got none")
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return Spread(mean=float(np.mean(values)), std=std, num=len(values))
+
+
+def check_comparable(curves: Sequence[Curve]) -> None:
+    """Raises a ``ValueError`` if curves of different tasks would share an axis."""
+    tasks = sorted({curve.last.task for curve in curves})
+    if len(tasks) > 1:
+        raise ValueError(
+            f"curves of one plot must be of one task, but got {', '.join(tasks)}; "
+            "compare the runs of each task on their own"
+        )
+
+
+def curve_of(run: Run) -> Curve | None:
+    """Returns the curve of a run, ``None`` while it has no finished ratio."""
+    points = tuple(run.points)
+    if all(point.method == "dense" for point in points) and run.job.kind == "prune":
+        return None
+    return Curve(run.job.run_id, points, run.job.study, run.job.trial) if points else None
+
+
+def write_points(runs: Sequence[Run], path: Path) -> int:
+    """Writes the points of runs as one table in the columns of ``curve.parquet``.
+
+    Args:
+        runs: Runs, finished or not.
+        path: Ends in ``.csv`` or ``.parquet``.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        ValueError: If the path ends in something else, or there is no run.
+    """
+    if not runs or path.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"a table needs runs and a .csv or .parquet file, but got {path}")
+    table = pa.concat_tables([tables_of(run.job, run.records)["curve"] for run in runs])
+    temporary = path.with_name(f".{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        pa.csv.write_csv(table, temporary)
+    else:
+        pa.parquet.write_table(table, temporary, compression="zstd")
+    temporary.replace(path)
+    return int(table.num_rows)

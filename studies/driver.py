@@ -1,0 +1,254 @@
+"""The loop of a study: asks for configs, hands jobs to an executor, tells what came back.
+
+A trial is told from the validation values of ``CurvePoint``s alone, and only after every one of
+its jobs ended with a complete stream. The dense reference runs first; the trials get its point.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from comp.results import CurvePoint
+from orchestration.executor import Event, Executor, Handle
+from orchestration.job import DEFAULT_RUNNER, Failure, Job, JobEnd, Record
+from orchestration.lock import hold_directory
+from studies.curves import Curve, spread
+from studies.folder import StudyFolder
+from studies.jobs import dense_job, trial_jobs
+from studies.objectives import objective_value
+from studies.spec import StudySpec
+from studies.study import OpenTrial, Study
+
+MAX_FAILURES_IN_A_ROW = 3
+POLL_SECONDS = 0.5
+
+logger = logging.getLogger(__name__)
+
+
+class StudyFailed(RuntimeError):
+    """A study does not go on: its dense reference failed, or trial after trial does."""
+
+
+class Consumer(Protocol):
+    """Something that watches a study: progress lines, MLflow."""
+
+    def on_submit(self, handle: Handle) -> None:
+        """Called when a job was handed to the executor."""
+        ...
+
+    def on_event(self, event: Event) -> None:
+        """Called for every event of every job, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one call of the driver ended.
+
+    Attributes:
+        why: ``"finished"``, ``"interrupted"`` or ``"deadline"``.
+        counts: Trials by state.
+    """
+
+    why: str
+    counts: dict[str, int]
+
+
+def run_study(
+    spec: StudySpec,
+    open_executor: Callable[[], AbstractContextManager[Executor]],
+    consumers: Sequence[Consumer] = (),
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    runner: str = DEFAULT_RUNNER,
+) -> Outcome:
+    """Runs or continues a study as its only driver.
+
+    Args:
+        spec: The checked spec, with absolute places.
+        open_executor: Called once the study is this driver's.
+        consumers: Told of every event.
+        should_stop: See ``Driver``.
+        runner: See ``Job.runner``.
+
+    Raises:
+        LockHeld: If another driver has the study.
+        SpecError: If the study was started with another spec.
+        StudyFailed: If the dense reference or three trials in a row fail.
+    """
+    folder = StudyFolder.of(spec)
+    with hold_directory(folder.path, spec.name):
+        folder.freeze(spec)
+        with open_executor() as executor, executor.hold(spec.name):
+            driver = Driver(spec, executor, consumers, should_stop=should_stop, runner=runner)
+            return driver.run()
+
+
+@dataclass(eq=False)
+class _Running:
+    """A trial under way: points by seed, and the seeds whose job has not ended."""
+
+    trial: OpenTrial
+    points: dict[int, list[CurvePoint]]
+    open_seeds: set[int]
+    has_failed: bool = False
+
+
+@dataclass
+class Driver:
+    """Runs a study to its end, to its deadline, or until it is asked to stop.
+
+    Attributes:
+        spec: The checked spec, with absolute places.
+        executor: An entered executor with ``spec.parallel`` slots.
+        consumers: Told of every event.
+        should_stop: Asked between events; the first ``True`` stops the study softly: every job
+            is cancelled after its next durable record, and its trial stays RUNNING for the next
+            driver to adopt.
+        clock: Seconds; for the deadline.
+        runner: What the workers run, see ``Job.runner``.
+    """
+
+    spec: StudySpec
+    executor: Executor
+    consumers: Sequence[Consumer] = ()
+    should_stop: Callable[[], bool] = lambda: False
+    clock: Callable[[], float] = time.monotonic
+    runner: str = DEFAULT_RUNNER
+    _queue: deque[tuple[_Running, Job]] = field(default_factory=deque, init=False)
+    _live: dict[Handle, _Running | None] = field(default_factory=dict, init=False)
+    _dense: CurvePoint | None = field(default=None, init=False)
+    _failures: int = field(default=0, init=False)
+    _why: str = field(default="", init=False)
+
+    def run(self) -> Outcome:
+        """Runs until there is nothing left to do or a reason to stop.
+
+        Raises:
+            StudyFailed: If the dense reference or three trials in a row fail.
+        """
+        minutes = self.spec.deadline_minutes or float("inf")
+        self._deadline = self.clock() + 60 * minutes
+        self._study = Study(self.spec)
+        self._submit(None, dense_job(self.spec, self.runner))
+        self._loop()
+        if not self._why:
+            for trial in self._study.adopt():
+                logger.info("trial %d of an earlier driver goes on", trial.number)
+                self._enqueue(trial)
+            self._fill()
+            self._loop(refill=True)
+        return Outcome(self._why or "finished", self._study.counts())
+
+    def _loop(self, *, refill: bool = False) -> None:
+        while self._live:
+            self._check_stop()
+            for event in self.executor.poll(timeout=POLL_SECONDS):
+                self._take(event)
+            if refill and not self._why:
+                self._fill()
+
+    def _check_stop(self) -> None:
+        if self._why:
+            return
+        if self.should_stop():
+            self._why = "interrupted"
+        elif self.clock() >= self._deadline:
+            self._why = "deadline"
+        if self._why:
+            self._queue.clear()
+
+    def _fill(self) -> None:
+        while self.executor.free_slots > 0:
+            if not self._queue and (trial := self._study.ask()) is not None:
+                self._enqueue(trial)
+            if not self._queue:
+                return
+            self._submit(*self._queue.popleft())
+
+    def _enqueue(self, trial: OpenTrial) -> None:
+        jobs = trial_jobs(self.spec, trial.number, trial.config, self._dense, self.runner)
+        trial.note(runs=[job.run_id for job in jobs])
+        seeds = [job.seed for job in jobs]
+        running = _Running(trial, {seed: [] for seed in seeds}, set(seeds))
+        self._queue.extend((running, job) for job in jobs)
+
+    def _submit(self, running: _Running | None, job: Job) -> None:
+        handle = self.executor.submit(job)
+        self._live[handle] = running
+        for consumer in self.consumers:
+            consumer.on_submit(handle)
+
+    def _take(self, event: Event) -> None:
+        for consumer in self.consumers:
+            consumer.on_event(event)
+        running, body, job = self._live[event.handle], event.body, event.handle.job
+        if self._why and not isinstance(body, (JobEnd, Failure)):
+            self.executor.cancel(event.handle)  # its current stage is durable now
+        if isinstance(body, Record) and body.point is not None:
+            self._take_point(running, job.seed, body.point)
+        elif isinstance(body, (JobEnd, Failure)):
+            del self._live[event.handle]
+            if running is None:
+                self._end_dense(job, body)
+            else:
+                self._end(running, job, body)
+
+    def _take_point(self, running: _Running | None, seed: int, point: CurvePoint) -> None:
+        if running is None:
+            self._dense = point
+            return
+        running.points[seed].append(point)
+        same = [p for points in running.points.values() for p in points]
+        values = [p.val for p in same if p.ratio_asked == point.ratio_asked]
+        if point.method != "dense" and len(values) == len(running.points):
+            running.trial.report(point.ratio_asked, spread(values).mean)
+
+    def _end_dense(self, job: Job, body: JobEnd | Failure) -> None:
+        if self._why or (isinstance(body, JobEnd) and self._dense is not None):
+            return
+        reason = body.message if isinstance(body, Failure) else "it ended without a result"
+        raise StudyFailed(f"the dense reference {job.run_id} failed: {reason}")
+
+    def _end(self, running: _Running, job: Job, body: JobEnd | Failure) -> None:
+        if running.has_failed:
+            return
+        if isinstance(body, Failure):
+            if body.kind != "cancelled":
+                self._fail(running, f"run {job.run_id}: {body.message}", body.kind)
+            return
+        running.open_seeds.discard(job.seed)
+        if not running.open_seeds:
+            self._tell(running)
+
+    def _tell(self, running: _Running) -> None:
+        try:
+            values = [
+                objective_value(self.spec.objective, Curve(f"seed {seed}", tuple(points)))
+                for seed, points in running.points.items()
+            ]
+        except ValueError as error:
+            self._fail(running, str(error), "algorithm")
+            return
+        summary = spread(values)
+        running.trial.note(std_over_seeds=summary.std)
+        running.trial.complete(summary.mean)
+        self._failures = 0
+
+    def _fail(self, running: _Running, reason: str, kind: str) -> None:
+        running.has_failed = True
+        running.trial.fail(reason, kind)
+        logger.warning("trial %d failed: %s", running.trial.number, reason)
+        self._queue = deque(item for item in self._queue if item[0] is not running)
+        for handle in [handle for handle, owner in self._live.items() if owner is running]:
+            self.executor.cancel(handle)
+        self._failures += 1
+        if self._failures >= MAX_FAILURES_IN_A_ROW:
+            raise StudyFailed(
+                f"{self._failures} trials in a row failed, the last one so: {reason}; mend that, "
+                "and the same command goes on with the next trial"
+            )

@@ -1,0 +1,164 @@
+"""Accuracy against FLOPs ratio, as PNG and SVG.
+
+Colours are those of Okabe and Ito (2008), which readers with any colour vision can tell apart;
+line style and markers say the same again.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from studies.curves import Curve, Metric, check_comparable
+
+GREY = "#9a9a9a"
+BLACK = "#000000"
+BLUE = "#0072B2"
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LABELS = {"val": "Validation", "test": "Test"}
+
+
+def plot_study(
+    curves: Sequence[Curve],
+    best: Sequence[Curve],
+    target: Path,
+    *,
+    title: str,
+    metric: Metric = "val",
+    metric_name: str = "accuracy",
+) -> list[Path]:
+    """Draws every trial as a thin line, the best one bold, the dense model as a dashed line.
+
+    Args:
+        curves: All runs of a study.
+        best: The runs of the best trial (one a seed); drawn over the others.
+        target: Where to write, without a suffix.
+        title: Above the plot.
+        metric: ``"val"`` or ``"test"``.
+        metric_name: What the task calls it.
+
+    Returns:
+        The PNG and the SVG.
+
+    Raises:
+        ValueError: If there is no curve, or they are of several tasks.
+    """
+    figure, axes = _axes(curves, title, metric, metric_name)
+    thin = [curve for curve in curves if curve not in best]
+    for index, curve in enumerate(thin):
+        label = f"other trials ({len(thin)})" if index == 0 else None
+        _line(axes, curve, metric, GREY, "o", label=label, width=1.0, size=3, order=2)
+    for index, curve in enumerate(best):
+        label = f"best: trial {curve.trial}" if index == 0 else None
+        _line(axes, curve, metric, BLUE, "o", label=label, width=2.6, size=7, order=4)
+    if best:
+        _annotate(axes, best[0], metric)
+    return _save(figure, axes, target)
+
+
+def plot_runs(
+    curves: Sequence[Curve],
+    target: Path,
+    *,
+    title: str,
+    metric: Metric = "val",
+    metric_name: str = "accuracy",
+) -> list[Path]:
+    """Draws a few runs, each in a colour and with a marker of its own.
+
+    Returns:
+        The PNG and the SVG.
+
+    Raises:
+        ValueError: If there is no curve, or they are of several tasks.
+    """
+    figure, axes = _axes(curves, title, metric, metric_name)
+    for index, curve in enumerate(curves):
+        colour = PALETTE[index % len(PALETTE)]
+        marker = MARKERS[(index + index // len(PALETTE)) % len(MARKERS)]
+        _line(axes, curve, metric, colour, marker, label=curve.run, width=1.8, size=6, order=3)
+    return _save(figure, axes, target)
+
+
+def _axes(
+    curves: Sequence[Curve], title: str, metric: Metric, metric_name: str
+) -> tuple[Figure, Axes]:
+    if not curves:
+        raise ValueError("a plot needs at least one run with a finished ratio, but got none")
+    check_comparable(curves)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=13, loc="left")
+    axes.set_xlabel("FLOPs removed (share of the dense model's multiply-adds, %)", fontsize=11)
+    axes.set_ylabel(f"{LABELS[metric]} {metric_name} (points of 100)", fontsize=11)
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    heights = sorted({round(float(getattr(c.dense, metric)), 6) for c in curves if c.dense})
+    for index, height in enumerate(heights):
+        label = f"dense: {height:.1f}" if len(heights) == 1 else "dense" if index == 0 else None
+        axes.axhline(height, color=BLACK, linestyle="--", linewidth=1.2, label=label, zorder=1)
+    return figure, axes
+
+
+def _line(
+    axes: Axes,
+    curve: Curve,
+    metric: Metric,
+    colour: str,
+    marker: str,
+    *,
+    label: str | None,
+    width: float,
+    size: float,
+    order: int,
+) -> None:
+    axes.plot(
+        100 * curve.ratios,
+        curve.values(metric),
+        color=colour,
+        marker=marker,
+        markersize=size,
+        linewidth=width,
+        label=label,
+        zorder=order,
+    )
+
+
+def _annotate(axes: Axes, curve: Curve, metric: Metric) -> None:
+    for point in curve.points:
+        if point.method == "dense":
+            continue
+        axes.annotate(
+            f"{getattr(point, metric):.1f}",
+            (100 * point.ratio_reached, getattr(point, metric)),
+            textcoords="offset points",
+            xytext=(5, 7),
+            ha="left",
+            fontsize=9,
+            color=BLUE,
+            zorder=5,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8},
+        )
+
+
+def _save(figure: Figure, axes: Axes, target: Path) -> list[Path]:
+    axes.margins(x=0.04, y=0.12)
+    axes.set_xlim(left=-1)
+    axes.legend(fontsize=9, frameon=False, loc="best")
+    written = []
+    for suffix in ("png", "svg"):
+        path = target.with_name(f"{target.name}.{suffix}")
+        temporary = path.with_name(f".{path.name}")
+        metadata = {"Date": None} if suffix == "svg" else {}
+        figure.savefig(temporary, format=suffix, dpi=150, metadata=metadata)
+        temporary.replace(path)
+        written.append(path)
+    return written

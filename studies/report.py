@@ -1,0 +1,251 @@
+"""What came out of a study: a table for people, JSON for programs, the plot of the curves."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from comp.results import CurvePoint
+from orchestration.store import Run, read_run
+from studies.curves import Curve, Spread, curve_of, pareto_front, spread, write_points
+from studies.folder import StudyFolder, write_atomically
+from studies.objectives import objective_name
+from studies.plots import plot_study
+from studies.spec import StudySpec
+from studies.study import StudySummary, TrialSummary, summarize
+
+
+@dataclass(frozen=True)
+class RatioRow:
+    """One ratio of the best trial, over its seeds.
+
+    Attributes:
+        ratio_asked: 0 for the dense model.
+        ratio: FLOPs ratio reached.
+        gmacs: Giga multiply-adds per sample.
+        params: Parameters.
+        val: Validation metric.
+        test: Test metric.
+        dense_latency_ms: Latency of the dense model.
+        latency_ms: Latency of this one.
+        speed_up: The former over the latter.
+    """
+
+    ratio_asked: float
+    ratio: Spread
+    gmacs: Spread
+    params: Spread
+    val: Spread
+    test: Spread
+    dense_latency_ms: Spread
+    latency_ms: Spread
+    speed_up: Spread
+
+    @classmethod
+    def of(cls, points: Sequence[CurvePoint]) -> "RatioRow":
+        """Summarizes points of one asked ratio, one a seed."""
+
+        def over_seeds(name: str) -> Spread:
+            return spread([float(getattr(point, name)) for point in points])
+
+        return cls(
+            points[0].ratio_asked,
+            ratio=over_seeds("ratio_reached"),
+            **{f.name: over_seeds(f.name) for f in dataclasses.fields(cls)[2:]},
+        )
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """A study with its curves.
+
+    Attributes:
+        spec: What was asked.
+        summary: The trials.
+        runs: The runs of all trials that have a point, the dense reference left out.
+        curves: Their curves, in the same order.
+        best: The curves of the best trial, one a seed.
+        rows: The table of the best trial, the dense model first.
+    """
+
+    spec: StudySpec
+    summary: StudySummary
+    runs: tuple[Run, ...]
+    curves: tuple[Curve, ...]
+    best: tuple[Curve, ...]
+    rows: tuple[RatioRow, ...]
+
+    @property
+    def points(self) -> list[CurvePoint]:
+        """All points of all trials, without the dense ones."""
+        return [p for curve in self.curves for p in curve.points if p.method != "dense"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values."""
+        best = self.summary.best
+        return {
+            "study": self.spec.name,
+            "model": self.spec.model,
+            "task": self.spec.task,
+            "objective": objective_name(self.spec.objective),
+            "n_trials": self.spec.n_trials,
+            "counts": self.summary.counts,
+            "best": trial_dict(best) if best else None,
+            "table": [dataclasses.asdict(row) for row in self.rows],
+            "trials": [trial_dict(trial) for trial in self.summary.trials],
+            "pareto": [point.to_dict() for point in pareto_front(self.points)],
+        }
+
+    def to_text(self) -> str:
+        """Returns the table that a terminal shows."""
+        best = self.summary.best
+        if best is None:
+            return "no trial is complete yet"
+        head = (
+            f"best of {self.summary.counts.get('complete', 0)} trials: trial {best.number}, "
+            f"{objective_name(self.spec.objective)} {best.value:.2f} ({params_text(best)})"
+        )
+        return "\n".join([head, "", *columns(_cells(self.rows)), NOTE])
+
+    def to_markdown(self, plot: str) -> str:
+        """Returns the report as a Markdown page.
+
+        Args:
+            plot: File name of the plot, relative to the page.
+        """
+        cells = _cells(self.rows)
+        best = self.summary.best
+        lines = [
+            f"# Study {self.spec.name}",
+            "",
+            f"{self.spec.model} on {self.spec.task}; maximized: "
+            f"{objective_name(self.spec.objective)}; seeds {list(self.spec.seeds)}; trials "
+            + ", ".join(f"{count} {state}" for state, count in self.summary.counts.items())
+            + ".",
+            "",
+            f"![Accuracy against FLOPs ratio]({plot})",
+            "",
+        ]
+        if best is not None:
+            lines += [f"## Best: trial {best.number}", "", f"`{params_text(best)}`", ""]
+            lines += [*_markdown_table(cells), "", NOTE, ""]
+        lines += ["## Trials", "", *_markdown_table(trial_cells(self.summary.trials)), ""]
+        return "\n".join(lines)
+
+
+NOTE = "GFLOPs with multiply-add = 1, per validation sample; latency of one evaluation batch"
+
+
+def read_report(folder: StudyFolder) -> StudyReport:
+    """Reads a study and the curves of its trials from disk."""
+    spec = folder.read_spec()
+    summary = summarize(folder, spec)
+    found = {}
+    for trial in summary.trials:
+        for run_id in trial.runs:
+            if (folder.runs / run_id / "job.json").is_file():
+                run = read_run(folder.runs / run_id)
+                curve = curve_of(run)
+                if curve is not None:
+                    found[run_id] = (run, curve)
+    best_runs = summary.best.runs if summary.best else ()
+    best = tuple(found[run_id][1] for run_id in best_runs if run_id in found)
+    return StudyReport(
+        spec=spec,
+        summary=summary,
+        runs=tuple(run for run, _ in found.values()),
+        curves=tuple(curve for _, curve in found.values()),
+        best=best,
+        rows=ratio_rows(best),
+    )
+
+
+def write_report(folder: StudyFolder, report: StudyReport) -> list[Path]:
+    """Writes the plot, the points and the report into the study's folder.
+
+    Returns:
+        ``curves.png``, ``curves.svg``, ``curves.parquet``, ``report.json`` and ``report.md``;
+        nothing if no run has a point.
+    """
+    if not report.curves:
+        return []
+    spec = report.spec
+    title = f"{spec.name}: {spec.model} on {spec.task}"
+    written = plot_study(report.curves, report.best, folder.path / "curves", title=title)
+    table = folder.path / "curves.parquet"
+    write_points(report.runs, table)
+    values, page = folder.path / "report.json", folder.path / "report.md"
+    write_atomically(values, json.dumps(report.to_dict(), indent=1) + "\n")
+    write_atomically(page, report.to_markdown(written[0].name))
+    return [*written, table, values, page]
+
+
+def ratio_rows(curves: Sequence[Curve]) -> tuple[RatioRow, ...]:
+    """Returns one row for every asked ratio that all curves have, ascending."""
+    by_ratio: dict[float, list[CurvePoint]] = {}
+    for curve in curves:
+        for point in curve.points:
+            by_ratio.setdefault(point.ratio_asked, []).append(point)
+    shared = [points for points in by_ratio.values() if len(points) == len(curves)]
+    return tuple(RatioRow.of(points) for points in sorted(shared, key=lambda p: p[0].ratio_asked))
+
+
+def trial_dict(trial: TrialSummary) -> dict[str, Any]:
+    """Returns a trial as plain JSON values."""
+    return {**dataclasses.asdict(trial), "runs": list(trial.runs)}
+
+
+def params_text(trial: TrialSummary) -> str:
+    """Returns what Optuna chose, in one line."""
+    shown = (
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in trial.params.items()
+    )
+    return ", ".join(shown)
+
+
+def trial_cells(trials: Sequence[TrialSummary]) -> list[list[str]]:
+    """Returns trials as the cells of a table, the head first."""
+    head = ["trial", "state", "value", "minutes", "chosen"]
+    return [head, *(_trial_row(trial) for trial in trials)]
+
+
+def _trial_row(trial: TrialSummary) -> list[str]:
+    return [
+        str(trial.number),
+        trial.state,
+        "" if trial.value is None else f"{trial.value:.2f}",
+        "" if trial.minutes is None else f"{trial.minutes:.1f}",
+        f"{params_text(trial)}{'; ' if trial.reason else ''}{trial.reason}",
+    ]
+
+
+def _cells(rows: Sequence[RatioRow]) -> list[list[str]]:
+    head = ["ratio", "GFLOPs", "parameters", "validation", "test", "latency ms", "speed-up"]
+    return [head, *(_row_cells(row) for row in rows)]
+
+
+def _row_cells(row: RatioRow) -> list[str]:
+    name = "dense" if row.ratio_asked == 0 else f"{row.ratio.mean:.3f}"
+    return [
+        name,
+        f"{row.gmacs.mean:.4g}",
+        f"{row.params.mean / 1e6:.3f} M",
+        str(row.val),
+        str(row.test),
+        f"{row.dense_latency_ms.mean:.1f} -> {row.latency_ms.mean:.1f}",
+        f"{row.speed_up.mean:.2f}x",
+    ]
+
+
+def columns(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table of cells, right-aligned."""
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
+
+
+def _markdown_table(cells: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return [lines[0], "|" + " --- |" * len(cells[0]), *lines[1:]]
