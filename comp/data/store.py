@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -122,6 +123,8 @@ def write_rows(
         if count == 0:
             raise ValueError(f"{path.name} would have no rows; a data set needs at least one")
         part.chmod(0o644)
+        with part.open("rb") as written:
+            os.fsync(written.fileno())  # before the name, or a power cut leaves an empty file
         part.replace(path)  # atomic: two writers at once leave one whole file
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -217,14 +220,14 @@ def _record(row: Row) -> dict[str, object]:
     }
 
 
-def _row(record: dict[str, object]) -> Row:
-    images = record["images"] or []
-    assert isinstance(images, list)
+def _row(record: dict[str, Any]) -> Row:
     return Row(
-        id=str(record["id"]),
-        split=str(record["split"]),
-        images=tuple(EncodedImage(image["bytes"], image["path"]) for image in images),
-        texts=tuple(record["texts"] or ()),  # type: ignore[call-overload]
-        labels=tuple(record["labels"] or ()),  # type: ignore[call-overload]
-        attributes=dict(record["attributes"] or ()),  # type: ignore[call-overload]
+        id=record["id"],
+        split=record["split"],
+        images=tuple(
+            EncodedImage(image["bytes"], image["path"]) for image in record["images"] or ()
+        ),
+        texts=tuple(record["texts"] or ()),
+        labels=tuple(record["labels"] or ()),
+        attributes=dict(record["attributes"] or ()),
     )

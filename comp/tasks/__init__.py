@@ -1,18 +1,29 @@
-"""Tasks by name: each brings its data, its batches, its loss and its metric."""
+"""Tasks by name: each brings its data, its batches, its loss and its metric.
 
-from pathlib import Path
+Names are resolved on first use, so that ``comp.tasks.names`` needs no torch.
+"""
 
-from transformers import PreTrainedTokenizerFast
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from comp.config import nearest
-from comp.data.openmoji import OpenMoji, load_openmoji
-from comp.tasks.base import Batch, Evaluation, Task
 from comp.tasks.names import TASKS
-from comp.tasks.nlvr import NlvrTask
-from comp.tasks.questions import all_answers, make_questions
-from comp.tasks.statements import make_statements
-from comp.tasks.text import build_tokenizer
-from comp.tasks.vqa import VqaTask
+
+if TYPE_CHECKING:
+    from comp.tasks.base import Batch, Evaluation, Task
+    from comp.tasks.build import build_task
+    from comp.tasks.nlvr import NlvrTask
+    from comp.tasks.text import build_tokenizer
+    from comp.tasks.vqa import VqaTask
+
+_HOMES = {
+    "Batch": "comp.tasks.base",
+    "Evaluation": "comp.tasks.base",
+    "NlvrTask": "comp.tasks.nlvr",
+    "Task": "comp.tasks.base",
+    "VqaTask": "comp.tasks.vqa",
+    "build_task": "comp.tasks.build",
+    "build_tokenizer": "comp.tasks.text",
+}
 
 __all__ = [
     "TASKS",
@@ -25,78 +36,12 @@ __all__ = [
     "build_tokenizer",
 ]
 
-_NUM_SAMPLES = {
-    "vqa": {"train": 30_000, "val": 3_000, "test": 3_000},
-    "nlvr2": {"train": 40_000, "val": 3_000, "test": 3_000},
-}
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'comp.tasks' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
 
 
-def build_task(
-    name: str,
-    *,
-    tokenizer: PreTrainedTokenizerFast,
-    image_size: int,
-    data: Path | None = None,
-    augment: bool = True,
-    num_train: int | None = None,
-    seed: int = 0,
-) -> Task:
-    """Builds a task on the embedded data set.
-
-    Args:
-        name: One of ``TASKS``.
-        tokenizer: The model's tokenizer.
-        image_size: Height and width of the images in pixels.
-        data: An OpenMoji file in the Parquet layout; ``None`` means the cached one, which is
-            made at the first use.
-        augment: Whether training images vary a little from epoch to epoch.
-        num_train: Training samples; ``None`` means the task's usual number.
-        seed: Seed of the choice of samples. Results are comparable only between equal seeds.
-
-    Raises:
-        ValueError: If the name is unknown or ``data`` is another data set.
-        FileNotFoundError: If ``data`` does not exist.
-    """
-    if name not in TASKS:
-        raise ValueError(
-            f"task must be one of {', '.join(TASKS)}, but got {name!r}"
-            + nearest(name, list(TASKS))
-        )
-    openmoji = load_openmoji(image_size, path=data)
-    numbers = {**_NUM_SAMPLES[name]}
-    if num_train is not None:
-        numbers["train"] = num_train
-    if name == "vqa":
-        return _vqa(openmoji, tokenizer, numbers, augment=augment, seed=seed)
-    return _nlvr(openmoji, tokenizer, numbers, augment=augment, seed=seed)
-
-
-def _vqa(
-    openmoji: OpenMoji,
-    tokenizer: PreTrainedTokenizerFast,
-    numbers: dict[str, int],
-    *,
-    augment: bool,
-    seed: int,
-) -> VqaTask:
-    questions = {
-        split: make_questions(openmoji.drawings, split, num_questions=number, seed=seed)
-        for split, number in numbers.items()
-    }
-    answers = all_answers(openmoji.drawings)
-    return VqaTask(questions, openmoji.pixels, answers, tokenizer, augment=augment)
-
-
-def _nlvr(
-    openmoji: OpenMoji,
-    tokenizer: PreTrainedTokenizerFast,
-    numbers: dict[str, int],
-    *,
-    augment: bool,
-    seed: int,
-) -> NlvrTask:
-    statements = {
-        split: make_statements(openmoji.drawings, split, num_statements=number, seed=seed)
-        for split, number in numbers.items()
-    }
-    return NlvrTask(statements, openmoji.pixels, tokenizer, augment=augment)
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

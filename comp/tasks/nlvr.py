@@ -5,13 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast
 
 from comp.data.images import normalize
 from comp.tasks.base import Batch
 from comp.tasks.batching import jitter, training_order
 from comp.tasks.statements import Statement
-from comp.tasks.text import encode, pad, pad_mask
+from comp.tasks.text import TextTokenizer, encode, pad, pad_mask
 
 
 class NlvrTask:
@@ -31,7 +30,7 @@ class NlvrTask:
         self,
         statements: Mapping[str, Sequence[Statement]],
         pixels: Tensor,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: TextTokenizer,
         *,
         augment: bool = True,
     ) -> None:

@@ -3,24 +3,47 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]")
 _MARKS = r"[?,.:;!()/&']"
 
 
+class TextTokenizer(Protocol):
+    """What the tasks need of a ``transformers`` tokenizer."""
+
+    @property
+    def pad_token_id(self) -> Any:
+        """Id that fills a batch."""
+        ...
+
+    @property
+    def sep_token_id(self) -> Any:
+        """Id that ends a sequence."""
+        ...
+
+    @property
+    def bos_token_id(self) -> Any:
+        """Id that begins an answer."""
+        ...
+
+    def __call__(self, text: Any, /, **options: Any) -> Any:
+        """Returns a mapping with ``input_ids`` of one text or of several."""
+        ...
+
+
 def tokenizer_from_texts(
     texts: Iterable[str], *, whole: Iterable[str] = (), max_words: int = 800
-) -> PreTrainedTokenizerFast:
+) -> Tokenizer:
     """Makes a WordPiece tokenizer with BLIP's special tokens, the same for the same texts.
 
     The vocabulary is counted here and not trained: the most frequent words are whole tokens, and
@@ -32,8 +55,7 @@ def tokenizer_from_texts(
         max_words: Largest number of whole words.
 
     Returns:
-        A tokenizer whose sequences begin with ``[ENC]`` and end with ``[SEP]``; ``bos_token`` is
-        ``[DEC]``, which begins an answer.
+        A tokenizer whose sequences begin with ``[ENC]`` and end with ``[SEP]``.
 
     Raises:
         ValueError: If there is no text.
@@ -52,34 +74,27 @@ def tokenizer_from_texts(
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = BertNormalizer(lowercase=True)
     # Hyphens stay inside words: "medium-dark" is one answer and one token.
-    marks = Split(pattern=_regex(_MARKS), behavior="isolated")
+    marks = Split(pattern=Regex(_MARKS), behavior="isolated")
     tokenizer.pre_tokenizer = PreTokenizers([WhitespaceSplit(), marks])
     tokenizer.post_processor = TemplateProcessing(
         single="[ENC] $A [SEP]",
         pair="[ENC] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[(token, vocabulary.index(token)) for token in ("[ENC]", "[SEP]")],
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        bos_token="[DEC]",
-        additional_special_tokens=["[ENC]"],
-        model_max_length=64,
-        clean_up_tokenization_spaces=False,
-    )
+    return tokenizer
 
 
-def build_tokenizer(*, seed: int = 0) -> PreTrainedTokenizerFast:
+def build_tokenizer(*, seed: int = 0) -> Any:
     """Makes the tokenizer of the embedded tasks from their training texts and answers.
 
     Args:
         seed: Seed of the training texts.
+
+    Returns:
+        A ``PreTrainedTokenizerFast``; its ``bos_token`` is ``[DEC]``, which begins an answer.
     """
     from comp.data.openmoji import load_openmoji
+    from comp.models.tokenizer import as_pretrained
     from comp.tasks.questions import all_answers, make_questions
     from comp.tasks.statements import make_statements
 
@@ -92,10 +107,10 @@ def build_tokenizer(*, seed: int = 0) -> PreTrainedTokenizerFast:
         ),
         *(one.caption for one in drawings if one.split == "train"),
     ]
-    return tokenizer_from_texts(texts, whole=all_answers(drawings), max_words=700)
+    return as_pretrained(tokenizer_from_texts(texts, whole=all_answers(drawings), max_words=700))
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+def encode(tokenizer: TextTokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Returns the token ids of each text, special tokens included, without padding."""
     distinct = list(dict.fromkeys(texts))
     ids = tokenizer(distinct, add_special_tokens=True, truncation=True)["input_ids"]
@@ -126,9 +141,3 @@ def _words(text: str) -> list[str]:
     return [
         part for word in text.lower().split() for part in re.split(f"({_MARKS})", word) if part
     ]
-
-
-def _regex(pattern: str) -> object:
-    from tokenizers import Regex
-
-    return Regex(pattern)

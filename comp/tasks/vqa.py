@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast
 
 from comp.data.images import normalize
 from comp.tasks.base import Batch
 from comp.tasks.batching import jitter, training_order
 from comp.tasks.questions import Question
-from comp.tasks.text import encode, pad, pad_mask
+from comp.tasks.text import TextTokenizer, encode, pad, pad_mask
 
 _IGNORED = -100  # what the loss leaves out
 
@@ -43,7 +42,7 @@ class VqaTask:
         questions: Mapping[str, Sequence[Question]],
         pixels: Tensor,
         answers: Sequence[str],
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: TextTokenizer,
         *,
         augment: bool = True,
         top_k: int = 16,
@@ -176,7 +175,7 @@ class VqaTask:
         }
 
 
-def _bos_id(tokenizer: PreTrainedTokenizerFast) -> int:
+def _bos_id(tokenizer: TextTokenizer) -> int:
     if tokenizer.bos_token_id is None:
         raise ValueError("the tokenizer has no bos_token; VQA answers begin with BLIP's [DEC]")
     return int(tokenizer.bos_token_id)
