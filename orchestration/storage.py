@@ -1,7 +1,9 @@
 """A directory for results, on a local disk or behind any URI that ``pyarrow.fs`` knows.
 
 Writes are all or nothing. On a local disk a file or tree is written under a temporary name, synced
-and renamed; in an object store a single put is atomic, and of a tree the manifest is sent last.
+and renamed; journalling file systems keep renames in order, so whatever is there was complete when
+a later thing was begun. In an object store a single put is atomic, and of a tree the manifest is
+sent last.
 """
 
 import contextlib
@@ -68,20 +70,23 @@ class Storage:
             self.local = Path(self.location).absolute()
             self.location = str(self.local)
 
+    def _inside(self, name: str) -> str:
+        return self._path if name == "." else f"{self._path}/{name}"
+
     def child(self, name: str) -> "Storage":
         """Returns a directory inside this one."""
         location = f"{self.location.rstrip('/')}/{name}"
-        return Storage(location, self._fs, f"{self._path}/{name}")
+        return Storage(location, self._fs, self._inside(name) if self._fs else "")
 
     def write(self, name: str, data: bytes) -> None:
-        """Writes a file so that it is there entirely, and stays there, or not at all.
+        """Writes a file so that it is there entirely or not at all, whenever the machine stops.
 
         Raises:
             StorageError: If the disk is full, read-only or otherwise unwilling.
         """
         with self._explained(name):
             if self.local is None:
-                with self._fs.open_output_stream(f"{self._path}/{name}") as stream:
+                with self._fs.open_output_stream(self._inside(name)) as stream:
                     stream.write(data)
                 return
             target = self.local / name
@@ -95,7 +100,6 @@ class Storage:
                 temporary.rename(target)
             finally:
                 temporary.unlink(missing_ok=True)
-            _sync(target.parent)
 
     def write_tree(self, name: str, fill: Callable[[Path], None]) -> None:
         """Replaces a directory by what ``fill`` writes into the path that it is given.
@@ -119,7 +123,6 @@ class Storage:
                 temporary.rename(target)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-            _sync(target.parent)
 
     def _upload_tree(self, name: str, fill: Callable[[Path], None]) -> None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -130,8 +133,11 @@ class Storage:
                 self.write(f"{name}/{path.relative_to(tree).as_posix()}", path.read_bytes())
 
     @contextlib.contextmanager
-    def tree(self, name: str) -> Iterator[Path]:
+    def tree(self, name: str = ".") -> Iterator[Path]:
         """Gives a directory as a local path: itself, or a copy that lasts as long as the context.
+
+        Args:
+            name: A directory inside this one, or this one.
 
         Raises:
             FileNotFoundError: If there is no such directory.
@@ -142,10 +148,10 @@ class Storage:
             yield self.local / name
             return
         with tempfile.TemporaryDirectory() as scratch:
-            selector = fs.FileSelector(f"{self._path}/{name}", recursive=True)
-            for info in self._fs.get_file_info(selector):
+            root = self._inside(name)
+            for info in self._fs.get_file_info(fs.FileSelector(root, recursive=True)):
                 if info.type == fs.FileType.File:
-                    target = Path(scratch) / Path(info.path).relative_to(f"{self._path}/{name}")
+                    target = Path(scratch) / Path(info.path).relative_to(root)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with self._fs.open_input_stream(info.path) as stream:
                         target.write_bytes(stream.read())
@@ -159,14 +165,14 @@ class Storage:
         """
         if self.local is not None:
             return (self.local / name).read_bytes()
-        with self._fs.open_input_stream(f"{self._path}/{name}") as stream:
+        with self._fs.open_input_stream(self._inside(name)) as stream:
             return bytes(stream.read())
 
     def exists(self, name: str) -> bool:
         """Says whether there is such a file or directory."""
         if self.local is not None:
             return (self.local / name).exists()
-        info = self._fs.get_file_info(f"{self._path}/{name}")
+        info = self._fs.get_file_info(self._inside(name))
         return bool(info.type != fs.FileType.NotFound)
 
     def names(self, under: str = ".") -> list[str]:
@@ -175,8 +181,7 @@ class Storage:
             directory = self.local / under
             found = [path.name for path in directory.iterdir()] if directory.is_dir() else []
         else:
-            path = self._path if under == "." else f"{self._path}/{under}"
-            selector = fs.FileSelector(path, allow_not_found=True)
+            selector = fs.FileSelector(self._inside(under), allow_not_found=True)
             found = [info.base_name for info in self._fs.get_file_info(selector)]
         return sorted(name for name in found if not name.startswith("."))
 
@@ -185,7 +190,7 @@ class Storage:
         if self.local is not None:
             files = [path for path in (self.local / under).rglob("*") if path.is_file()]
             return {p.relative_to(self.local).as_posix(): p.stat().st_size for p in sorted(files)}
-        selector = fs.FileSelector(f"{self._path}/{under}", recursive=True, allow_not_found=True)
+        selector = fs.FileSelector(self._inside(under), recursive=True, allow_not_found=True)
         infos = [i for i in self._fs.get_file_info(selector) if i.type == fs.FileType.File]
         return {Path(i.path).relative_to(self._path).as_posix(): int(i.size) for i in infos}
 
@@ -203,7 +208,7 @@ class Storage:
                 else:
                     path.unlink(missing_ok=True)
                 return
-            info = self._fs.get_file_info(f"{self._path}/{name}")
+            info = self._fs.get_file_info(self._inside(name))
             if info.type == fs.FileType.Directory:
                 self._fs.delete_dir(info.path)
             elif info.type == fs.FileType.File:

@@ -106,6 +106,7 @@ class Run:
     Attributes:
         location: The run directory.
         uid: Made up when the directory was; tells a run from an earlier one of the same name.
+        created: Unix time of that.
         job: What was asked for.
         records: Everything finished so far.
         outcome: ``"finished"``, ``"failed"`` (see ``failure``) or ``"unfinished"``: waiting,
@@ -116,6 +117,7 @@ class Run:
 
     location: str
     uid: str
+    created: float
     job: Job
     records: tuple[Record, ...]
     outcome: Outcome
@@ -293,6 +295,7 @@ def read_run(location: str | Path) -> Run:
     return Run(
         location=storage.location,
         uid=header["uid"],
+        created=header["created"],
         job=Job.from_dict(header["job"] | {"run_dir": storage.location, "spec_text": spec}),
         records=tuple(records),
         outcome="finished" if finished else "failed" if failure else "unfinished",

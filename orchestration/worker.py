@@ -62,8 +62,6 @@ def run(job: Job, *, stop: Callable[[], FailureKind | None] = lambda: None) -> I
             with contextlib.suppress(StorageError):
                 directory.fail(failure)
         yield failure
-    finally:
-        gc.collect()
 
 
 def _failure(job: Job, error: Exception) -> Failure:
@@ -100,7 +98,12 @@ def prune(job: Job, directory: RunDirectory) -> Iterator[Record]:
     import torch
 
     torch.set_num_threads(job.threads)
-    yield from _measure_dense(job, directory) if job.kind == "dense" else _prune(job, directory)
+    try:
+        yield from (
+            _measure_dense(job, directory) if job.kind == "dense" else _prune(job, directory)
+        )
+    finally:
+        gc.collect()  # hooks make cycles, and the next run in this process needs the memory
 
 
 def _measure_dense(job: Job, directory: RunDirectory) -> Iterator[Record]:

@@ -1,0 +1,429 @@
+"""MLflow as a mirror of run directories: it can be down, slow or emptied, and nothing is lost.
+
+Whoever changes a run directory says so with ``touch``; a thread of the driver then reads the
+directory and sends what MLflow lacks. Sending again what MLflow has is harmless, because every
+point carries the time at which it was made and MLflow drops exact repetitions. A run directory
+holds an ``unsynced`` file for as long as MLflow may lack something of it.
+
+This is the only file that knows MLflow. It is imported at the first send, in the thread.
+"""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from comp.results import CurvePoint, StageRecord
+from orchestration.job import Record
+from orchestration.storage import Storage, StorageError
+from orchestration.store import Run, read_run
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+    from mlflow.tracking import MlflowClient
+
+_log = logging.getLogger(__name__)
+
+UNSYNCED = "unsynced"
+SCORES = "scores.json"
+PLOTS = "plots"
+
+SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
+_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the defaults wait four minutes for a dead server
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+}
+_BATCH = 1000  # metrics that MLflow accepts in one request
+_PERMANENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE")
+
+
+class TrackingError(RuntimeError):
+    """MLflow cannot be told. What it should have been told is on disk.
+
+    Attributes:
+        permanent: Whether trying again would fail again.
+    """
+
+    def __init__(self, message: str, *, permanent: bool = False) -> None:
+        super().__init__(message)
+        self.permanent = permanent
+
+
+class Tracker(Protocol):
+    """Something that mirrors run directories."""
+
+    def touch(self, location: str) -> None:
+        """Says that there is news in a run directory. Never waits for anybody."""
+        ...
+
+    def close(self, *, timeout: float = 30.0) -> list[str]:
+        """Sends what is left and returns the run directories of which something is not sent.
+
+        Args:
+            timeout: Seconds without any progress after which it gives up.
+        """
+        ...
+
+
+class NullTracker:
+    """Mirrors nothing."""
+
+    def touch(self, location: str) -> None:
+        """Does nothing."""
+
+    def close(self, *, timeout: float = 30.0) -> list[str]:
+        """Has nothing to send."""
+        return []
+
+
+@dataclass
+class _Sent:
+    """What MLflow has of a run: its id there, how many records, and whether the models."""
+
+    run_id: str
+    num_records: int = 0
+    models: bool = False
+    open: bool = True
+
+
+class MlflowTracker:
+    """Mirrors run directories into an MLflow experiment, one flat run each."""
+
+    def __init__(self, uri: str, experiment: str, *, send_models: bool = True) -> None:
+        """Checks the address; nothing is sent before the first ``touch`` or ``sync``.
+
+        Args:
+            uri: ``sqlite:///PATH``, ``http://HOST:PORT`` or another database or server.
+            experiment: Name of the experiment, made if it is missing.
+            send_models: Whether finished models are sent as artifacts.
+
+        Raises:
+            ValueError: If MLflow could not keep runs there.
+        """
+        scheme = uri.partition(":")[0].partition("+")[0]
+        if scheme not in SCHEMES:
+            raise ValueError(
+                f"the MLflow address must start with one of {', '.join(SCHEMES)}, but got "
+                f"{_redact(uri)!r}; pass sqlite:///PATH/mlflow.db to keep runs in a file"
+            )
+        self._uri, self._experiment = uri, experiment
+        self._send_models = send_models
+        self._client: MlflowClient | None = None
+        self._experiment_id = ""
+        self._sent: dict[str, _Sent] = {}
+        self._marked: set[str] = set()
+        self._sending = threading.Lock()  # held while the thread or ``sync`` talks to MLflow
+        self._changed = threading.Condition()
+        self._dirty: dict[str, int] = {}  # how often each was touched since it was sent
+        self._closing = False
+        self._thread: threading.Thread | None = None
+        self._last_success = 0.0
+        self._warned = False
+
+    def touch(self, location: str) -> None:
+        """Says that there is news in a run directory; returns at once."""
+        if location not in self._marked:
+            self._marked.add(location)
+            with contextlib.suppress(StorageError):  # then the records fail too, and say so
+                Storage(location).write(UNSYNCED, b"MLflow may lack something of this run.\n")
+        with self._changed:
+            self._dirty[location] = self._dirty.get(location, 0) + 1
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def sync(self, location: str) -> None:
+        """Sends everything of a run directory, now and in this thread.
+
+        Raises:
+            TrackingError: If MLflow does not take it.
+            FileNotFoundError: If there is no run.
+        """
+        with self._sending, self._explained():
+            self._send(read_run(location))
+
+    def close(self, *, timeout: float = 30.0) -> list[str]:
+        """Sends what is left; runs that are not finished are shown as killed."""
+        with self._changed:
+            self._closing = True
+            self._last_success = time.monotonic()
+            self._changed.notify_all()
+        thread = self._thread
+        while thread and thread.is_alive() and time.monotonic() - self._last_success < timeout:
+            thread.join(0.05)
+        with self._changed:
+            left = list(self._dirty)
+        if left:
+            place = _redact(self._uri)
+            _log.warning("%d runs are on disk but not yet in MLflow at %s", len(left), place)
+        return left
+
+    # --- the thread ------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        pause = 0.5
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._dirty or self._closing)
+                if not self._dirty:
+                    break
+                location, touches = next(iter(self._dirty.items()))
+            if self._sent_or_hopeless(location):
+                pause = 0.5
+                with self._changed:
+                    if self._dirty[location] == touches:
+                        del self._dirty[location]
+                continue
+            with self._changed:
+                self._dirty[location] = self._dirty.pop(location)  # to the end
+                if self._closing:
+                    return
+                self._changed.wait_for(lambda: self._closing, timeout=pause)
+            pause = min(2 * pause, 30.0)
+        with contextlib.suppress(TrackingError), self._sending, self._explained():
+            self._close_open_runs()
+
+    def _sent_or_hopeless(self, location: str) -> bool:
+        """Sends one run; says whether there is no point in trying again."""
+        try:
+            self.sync(location)
+        except FileNotFoundError:
+            return True  # the worker has not made it yet, and will be heard of
+        except TrackingError as error:
+            if error.permanent or not self._warned:
+                self._warned = True
+                _log.warning("%s; results go on to disk", error)
+            return error.permanent
+        self._last_success = time.monotonic()
+        return True
+
+    def _close_open_runs(self) -> None:
+        """Shows runs that a driver leaves unfinished as killed; resuming opens them again."""
+        for sent in self._sent.values():
+            if sent.open and self._client:
+                self._client.set_terminated(sent.run_id, "KILLED")
+                sent.open = False
+
+    # --- one run ---------------------------------------------------------------------------
+
+    def _send(self, run: Run) -> None:
+        client = self._connect()
+        sent = self._sent.get(run.uid)
+        if sent is None or not sent.open:
+            sent = self._open_run(client, run, sent)
+            self._sent[run.uid] = sent
+        metrics = [m for record in run.records[sent.num_records :] for m in metrics_of(record)]
+        if run.outcome != "unfinished":
+            metrics += _summary_of(run)
+        entities = [_metric(*metric) for metric in metrics]
+        for start in range(0, len(entities), _BATCH):
+            client.log_batch(sent.run_id, metrics=entities[start : start + _BATCH])
+        sent.num_records = len(run.records)
+        if run.outcome != "unfinished":
+            self._finish_run(client, run, sent)
+            Storage(run.location).remove(UNSYNCED)
+            self._marked.discard(run.location)
+
+    def _connect(self) -> "MlflowClient":
+        """Opens the store and the experiment; a fresh SQLite file gets its tables here, once."""
+        if self._client is not None:
+            return self._client
+        for name, value in _SETTINGS.items():
+            os.environ.setdefault(name, value)
+        from mlflow.tracking import MlflowClient
+
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        artifacts = None
+        with _only_one_process(self._uri) as database:
+            client = MlflowClient(tracking_uri=self._uri)
+            if database is not None:
+                artifacts = (database.parent / "mlflow-artifacts").absolute().as_uri()
+            found = client.get_experiment_by_name(self._experiment)
+            if found is None:
+                tags = {"comp.study": self._experiment}
+                self._experiment_id = client.create_experiment(
+                    self._experiment,
+                    f"{artifacts}/{self._experiment}" if artifacts else None,
+                    tags | {"mlflow.experimentKind": "custom_model_development"},
+                )
+            elif found.lifecycle_stage != "active":
+                raise TrackingError(
+                    f"MLflow experiment {self._experiment!r} is deleted; restore it there or "
+                    "give the study another name",
+                    permanent=True,
+                )
+            else:
+                self._experiment_id = found.experiment_id
+        self._client = client
+        return client
+
+    def _open_run(self, client: "MlflowClient", run: Run, sent: _Sent | None) -> _Sent:
+        """Finds the run in MLflow by its uid, or makes it, with its parameters and tags."""
+        from mlflow.entities import Param, RunTag
+
+        if sent is not None:
+            run_id = sent.run_id
+        else:
+            query = f"tags.`comp.uid` = '{run.uid}'"
+            found = client.search_runs([self._experiment_id], query, max_results=1)
+            if found:
+                run_id = found[0].info.run_id
+            else:
+                made = client.create_run(
+                    self._experiment_id,
+                    start_time=int(run.created * 1000),
+                    tags={"comp.uid": run.uid},
+                    run_name=run.job.run_id,
+                )
+                run_id = made.info.run_id
+        client.update_run(run_id, status="RUNNING")
+        params = [Param(name, str(value)) for name, value in params_of(run).items()]
+        tags = [RunTag(name, value) for name, value in tags_of(run).items()]
+        client.log_batch(run_id, params=params, tags=tags)
+        return _Sent(run_id, models=bool(sent and sent.models))
+
+    def _finish_run(self, client: "MlflowClient", run: Run, sent: _Sent) -> None:
+        with Storage(run.location).tree() as directory:
+            names = ["spec.yaml", "report.json", "stages.parquet", "curve.parquet"]
+            for name in names:
+                if (directory / name).is_file():
+                    client.log_artifact(sent.run_id, str(directory / name))
+            if (directory / PLOTS).is_dir():
+                client.log_artifacts(sent.run_id, str(directory / PLOTS), PLOTS)
+            models = directory / "model"
+            if self._send_models and models.is_dir() and not self._has_models(client, sent):
+                client.log_artifacts(sent.run_id, str(models), "model")
+            sent.models = True
+        status = "FINISHED"
+        if run.failure is not None:
+            status = "KILLED" if run.failure.kind == "cancelled" else "FAILED"
+            client.set_tag(sent.run_id, "comp.failure", run.failure.message)
+        end = run.records[-1].time if run.records else run.created
+        client.set_terminated(sent.run_id, status, end_time=int(end * 1000))
+        sent.open = False
+
+    @staticmethod
+    def _has_models(client: "MlflowClient", sent: _Sent) -> bool:
+        return sent.models or bool(client.list_artifacts(sent.run_id, "model"))
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, TrackingError):
+            raise
+        except Exception as error:
+            code = str(getattr(error, "error_code", ""))
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise TrackingError(
+                _redact(f"MLflow at {self._uri} does not take results ({reason})"),
+                permanent=code in _PERMANENT,
+            ) from error
+
+
+def _redact(text: str) -> str:
+    """Blots out user and password of addresses."""
+    return re.sub(r"//[^/@\s]*@", "//***@", text)
+
+
+def metrics_of(record: Record) -> list[tuple[str, float, int, int]]:
+    """Returns a record's metrics as key, value, time in milliseconds and step.
+
+    The step is the FLOPs ratio in per mille, so that MLflow's line charts draw accuracy against
+    ratio: the measured ratio for a stage, the asked one for a point.
+    """
+    body = record.body
+    if isinstance(body, StageRecord):
+        values = {f"stage/{name}": value for name, value in _stage_values(body).items()}
+        step = round(body.ratio * 1000)
+    else:
+        values, step = _point_values(body), round(body.ratio_asked * 1000)
+    time_ms = int(record.time * 1000)
+    return [(k, float(v), time_ms, step) for k, v in values.items() if math.isfinite(v)]
+
+
+def _stage_values(stage: StageRecord) -> dict[str, float]:
+    names = ("val", "val_loss", "train_loss", "ratio", "macs", "cost", "mode_cost", "seconds")
+    values = {name: getattr(stage, name) for name in names}
+    values["params_m"] = stage.params / 1e6
+    return values | {f"tokens_{stream}": count for stream, count in stage.tokens.items()}
+
+
+def _point_values(point: CurvePoint) -> dict[str, float]:
+    names = ("val", "test", "val_before_tuning", "gmacs", "latency_ms", "ratio_reached")
+    values = {name: getattr(point, name) for name in names}
+    return values | {"params_m": point.params / 1e6, "speed_up": _speed_up(point)}
+
+
+def _speed_up(point: CurvePoint) -> float:
+    return point.speed_up if point.latency_ms > 0 else math.nan
+
+
+def _summary_of(run: Run) -> list[tuple[str, float, int, int]]:
+    """Returns one metric per ratio, such as ``test_at_700``, and the run's scores, to sort by."""
+    time_ms = int((run.records[-1].time if run.records else run.created) * 1000)
+    values: dict[str, float] = {}
+    for point in run.points:
+        at = f"at_{round(point.ratio_asked * 1000):03d}"
+        own = {"test": point.test, "val": point.val, "speed_up": _speed_up(point)}
+        values |= {f"{name}_{at}": value for name, value in own.items()}
+    with contextlib.suppress(FileNotFoundError):
+        values |= json.loads(Storage(run.location).read(SCORES))
+    return [(k, float(v), time_ms, 0) for k, v in values.items() if math.isfinite(v)]
+
+
+def params_of(run: Run) -> dict[str, object]:
+    """Returns what decides the run's result; equal whenever it is asked for."""
+    job = run.job
+    own = {"model": job.model, "task": job.task, "data": job.data or "embedded", "kind": job.kind}
+    return own | job.config | {"method": job.method, "seed": job.seed}
+
+
+def tags_of(run: Run) -> dict[str, str]:
+    """Returns what one filters and groups runs by."""
+    job = run.job
+    tags = {f"comp.{name}": str(getattr(job, name)) for name in _TAGGED}
+    tags |= {"comp.run": job.run_id, "comp.content_id": job.content_id}
+    tags |= {"comp.mlflow": importlib.metadata.version("mlflow")}
+    tags |= {f"comp.env.{name}": value for name, value in run.environment.items()}
+    if "git_commit" in run.environment:
+        tags["mlflow.source.git.commit"] = run.environment["git_commit"]
+    return tags
+
+
+_TAGGED = ("study", "trial", "kind", "model", "task", "method", "seed")
+
+
+def _metric(key: str, value: float, time_ms: int, step: int) -> "Metric":
+    from mlflow.entities import Metric
+
+    return Metric(key, value, time_ms, step)
+
+
+@contextlib.contextmanager
+def _only_one_process(uri: str) -> Iterator[Path | None]:
+    """Gives the file of an SQLite store, locked: two migrations at once would ruin it."""
+    if not uri.startswith("sqlite:"):
+        yield None
+        return
+    database = Path(uri.split(":///", 1)[1])
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_name(f".{database.name}.lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield database
