@@ -186,7 +186,8 @@ class PruningConfig:
         for mode in self.modes or ():
             if mode not in known:
                 raise ValueError(
-                    f"modes must be among {', '.join(known)}, but got {mode!r}{nearest(mode, known)}"
+                    f"modes must be among {', '.join(known)}, but got {mode!r}"
+                    + nearest(mode, known)
                 )
 
     @property

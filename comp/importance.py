@@ -86,7 +86,7 @@ def column_scores(
             )
         scored = scored & (mask.bool() if keep else ~mask.bool())
     votes = scored.to(strongest.dtype)
-    sums = torch.einsum("bn,bni->bi", votes, strongest) * votes
+    sums = (votes.unsqueeze(2) * strongest).sum(dim=1) * votes
     return normalise_scores(sums, scored)
 
 

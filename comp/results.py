@@ -1,7 +1,7 @@
 """What a pruning run yields: one record per stage, one point per ratio. No torch in here."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -128,7 +128,7 @@ class PruningResult:
         return format_points(self.points)
 
 
-_COLUMNS = (
+_COLUMNS: tuple[tuple[str, Callable[[CurvePoint], str]], ...] = (
     ("ratio", lambda p: f"{p.ratio_reached:.3f}"),
     ("GFLOPs*", lambda p: f"{p.gmacs:.4g}"),
     ("params", lambda p: f"{p.params / 1e6:.3g} M"),

@@ -13,7 +13,7 @@ Otherwise the mode with the smallest R runs. Before that every mode runs once, i
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 Choice = Literal["sweep", "explore", "greedy", "fixed"]
@@ -52,8 +52,22 @@ class Strategy(Protocol):
 
     choice: Choice
 
-    def choose(self) -> tuple[str, ...]:
-        """Opens the next stage: the modes pruned in it, sharing its quantum."""
+    @property
+    def live(self) -> list[str]:
+        """The modes that are not exhausted."""
+        ...
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """The smoothed cost R of every mode that has run."""
+        ...
+
+    def choose(self, exclude: Collection[str] = ()) -> str:
+        """Opens the next stage: its mode, or several joined by ``+`` that share its quantum."""
+        ...
+
+    def withdraw(self) -> None:
+        """Takes the open stage back, as if it had not been chosen."""
         ...
 
     def record(self, mode: str, cost: float) -> None:
@@ -62,6 +76,14 @@ class Strategy(Protocol):
 
     def exhaust(self, mode: str) -> None:
         """Retires a mode that has nothing left to give; an open stage is taken back."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Returns the whole state as JSON values; ``restore`` is the inverse."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from ``state``'s output."""
         ...
 
 
@@ -136,33 +158,48 @@ class MultiModeStrategy:
         """The modes that are not exhausted."""
         return list(self._live)
 
-    def choose(self) -> tuple[str, ...]:
-        """Opens the next stage and returns its one mode.
+    def choose(self, exclude: Collection[str] = ()) -> str:
+        """Opens the next stage and returns its mode.
+
+        Args:
+            exclude: Modes that this one stage must not take.
 
         Raises:
-            RuntimeError: If a stage is already open or every mode is exhausted.
+            RuntimeError: If a stage is already open or no mode is left to choose.
         """
         if self._open is not None:
             raise RuntimeError(f"stage {self.stage} ({self._open}) is open; record it first")
-        if not self._live:
+        candidates = [mode for mode in self._live if mode not in exclude]
+        if not candidates:
             raise RuntimeError("every mode is exhausted; there is nothing left to choose")
         self.stage += 1
-        self._open = self._pick()
-        return (self._open,)
+        self._open = self._pick(candidates)
+        return self._open
 
-    def _pick(self) -> str:
-        unseen = [mode for mode in self._sweep if mode in self._live and mode not in self._costs]
+    def _pick(self, candidates: list[str]) -> str:
+        unseen = [mode for mode in self._sweep if mode in candidates and mode not in self._costs]
         if unseen:
             self.choice = "sweep"
             return unseen[0]
         if self._random.random() < self._exploration:
             self.choice = "explore"
-            intervals = [self.stage - self._last_run[mode] for mode in self._live]
+            intervals = [self.stage - self._last_run[mode] for mode in candidates]
             weights = exploration_probabilities(intervals, self._temperature)
-            return self._random.choices(self._live, weights)[0]
+            return self._random.choices(candidates, weights)[0]
         self.choice = "greedy"
         order = {mode: i for i, mode in enumerate(self._modes)}
-        return min(self._live, key=lambda m: (self._costs[m], self._last_run[m], order[m]))
+        return min(candidates, key=lambda m: (self._costs[m], self._last_run[m], order[m]))
+
+    def withdraw(self) -> None:
+        """Takes the open stage back, as if it had not been chosen.
+
+        Raises:
+            RuntimeError: If no stage is open.
+        """
+        if self._open is None:
+            raise RuntimeError("no stage is open; there is nothing to withdraw")
+        self._open = None
+        self.stage -= 1
 
     def record(self, mode: str, cost: float) -> None:
         """Closes the open stage with the cost r that was measured.
@@ -261,8 +298,11 @@ class FixedStrategy:
         """Empty: a fixed schedule asks for no cost."""
         return {}
 
-    def choose(self) -> tuple[str, ...]:
-        """Opens the next stage and returns all modes that are pruned in it.
+    def choose(self, exclude: Collection[str] = ()) -> str:
+        """Opens the next stage and returns all modes that are pruned in it, joined by ``+``.
+
+        Args:
+            exclude: Modes that this one stage must not take, if any other is live.
 
         Raises:
             RuntimeError: If every mode is exhausted.
@@ -270,11 +310,16 @@ class FixedStrategy:
         if not self.live:
             raise RuntimeError("every mode is exhausted; there is nothing left to choose")
         self.stage += 1
-        if not self._sequential:
-            return tuple(self.live)
-        while not self._groups[self._position]:
-            self._position += 1
-        return tuple(self._groups[self._position])
+        modes = self.live
+        if self._sequential:
+            while not self._groups[self._position]:
+                self._position += 1
+            modes = self._groups[self._position]
+        return "+".join([mode for mode in modes if mode not in exclude] or modes)
+
+    def withdraw(self) -> None:
+        """Takes the open stage back, as if it had not been chosen."""
+        self.stage -= 1
 
     def advance(self) -> None:
         """Moves on to the next group, if there is one with a live mode."""

@@ -37,7 +37,7 @@ class Selection:
         kept = rows.gather(1, index) * self.valid.unsqueeze(-1).to(rows.dtype)
         if self.summary_weight is None:
             return kept
-        summary = torch.einsum("bn,bnd->bd", self.summary_weight.to(rows.dtype), rows)
+        summary = (self.summary_weight.unsqueeze(-1).to(rows.dtype) * rows).sum(dim=1)
         return torch.cat([kept, summary.unsqueeze(1)], dim=1)
 
     def gather_flags(self, flags: Tensor) -> Tensor:

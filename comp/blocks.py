@@ -1,0 +1,581 @@
+"""The one forward pass that all families share: masks, statistics, token dropping, counting.
+
+A family describes its layers as ``Block``s that point at the stock modules; ``run_blocks`` runs
+them. Data flow in one layer, with the paper's Eq. 5 in the two marked lines:
+
+    attention with head masks          -> probabilities A, context
+    token scores from A                (only if tokens are dropped or statistics collected)
+    statistics of this attention       <- this layer's scores          (Eq. 5)
+    statistics of the FFN below        <- this layer's scores, too     (Eq. 5)
+    token selection, gather
+    cross-attention                    statistics with the gathered scores
+    feed-forward with channel masks    its activation waits for the next layer's scores
+
+A padded row of a hidden state is exactly zero from the first token selection on. That is how a
+later cross-attention, even after the stock code has repeated rows for beam search, knows which
+rows are real.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from comp import cost
+from comp.importance import token_importance, token_weights
+from comp.modes import PruningMode, Stream
+from comp.tokens import Selection, keep_above, select
+
+if TYPE_CHECKING:
+    from comp.handle import PruningHandle
+
+
+@dataclass(frozen=True)
+class LinearRef:
+    """A Linear by its owner and attribute, so that it can be replaced by a smaller one."""
+
+    owner: nn.Module
+    attribute: str
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The Linear as it is now."""
+        module = getattr(self.owner, self.attribute)
+        assert isinstance(module, nn.Linear)
+        return module
+
+    def replace(self, linear: nn.Linear) -> None:
+        """Puts another Linear in its place."""
+        setattr(self.owner, self.attribute, linear)
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """The projections of one attention module.
+
+    Attributes:
+        name: Unique name, the module path in the dense model.
+        mode: The parameter mode that prunes its heads.
+        layer: Layer index inside its encoder.
+        inputs: Query, key and value projections, or one fused ``q | k | v``, head-major inside.
+        out: Out-projection.
+        head_dim: Width of one head; never changes.
+        scale: Factor on the logits; never changes.
+        queries_per_unit: Query heads that share one key/value head (1 without grouping).
+        dropout: Probability of attention dropout while training.
+        token_streams: Streams whose token counts its cost depends on.
+    """
+
+    name: str
+    mode: PruningMode
+    layer: int
+    inputs: tuple[LinearRef, ...]
+    out: LinearRef
+    head_dim: int
+    scale: float
+    queries_per_unit: int = 1
+    dropout: float = 0.0
+    token_streams: frozenset[Stream] = frozenset()
+
+    kind: Literal["head", "channel"] = "head"
+
+    @property
+    def unit_width(self) -> int:
+        """Columns of the out-projection that belong to one unit."""
+        return self.head_dim * self.queries_per_unit
+
+    @property
+    def num_units(self) -> int:
+        """Heads (or key/value groups) that are physically there."""
+        return self.out.linear.in_features // self.unit_width
+
+    def project(self, hidden: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries, keys and values, each ``(B, heads, N, head_dim)``."""
+        if len(self.inputs) == 1:
+            fused = self.inputs[0].linear(hidden)
+            parts = fused.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+            return parts[0], parts[1], parts[2]
+        query, key, value = self.inputs
+        return (
+            self._heads(query.linear(hidden)),
+            self._heads(key.linear(context)),
+            self._heads(value.linear(context)),
+        )
+
+    def _heads(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class FeedForwardSite:
+    """The projections of one feed-forward module.
+
+    Attributes:
+        name: Unique name, the module path in the dense model.
+        mode: The parameter mode that prunes its channels.
+        layer: Layer index inside its encoder.
+        inputs: First projection, or gate and up projections when gated.
+        out: Out-projection.
+        activation: The non-linearity; must map 0 to 0.
+        token_streams: Streams whose token counts its cost depends on.
+    """
+
+    name: str
+    mode: PruningMode
+    layer: int
+    inputs: tuple[LinearRef, ...]
+    out: LinearRef
+    activation: Callable[[Tensor], Tensor]
+    token_streams: frozenset[Stream] = frozenset()
+
+    kind: Literal["head", "channel"] = "channel"
+    unit_width: int = 1
+
+    @property
+    def num_units(self) -> int:
+        """Channels that are physically there."""
+        return self.out.linear.in_features
+
+    def hidden(self, rows: Tensor, mask: Tensor | None) -> Tensor:
+        """Returns the activation that feeds the out-projection, ``(B, N, c)``."""
+        if len(self.inputs) == 2:
+            gate, up = self.inputs
+            product: Tensor = self.activation(gate.linear(rows)) * up.linear(rows)
+            return product if mask is None else product * mask.to(product.dtype)
+        before = self.inputs[0].linear(rows)
+        masked = before if mask is None else before * mask.to(before.dtype)
+        activated: Tensor = self.activation(masked)
+        return activated
+
+
+UnitGroup = AttentionSite | FeedForwardSite
+"""A set of heads or channels that compete in one module; each loses rows and columns together."""
+
+
+@dataclass(frozen=True)
+class SubLayer:
+    """Where a sub-layer's norms and dropout stand: ``after(x + dropout(f(before(x))))``."""
+
+    before: nn.Module | None = None
+    after: nn.Module | None = None
+    dropout: nn.Module | None = None
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """Applies the norm before the sub-layer, if there is one."""
+        entered: Tensor = hidden if self.before is None else self.before(hidden)
+        return entered
+
+    def leave(self, hidden: Tensor, output: Tensor) -> Tensor:
+        """Adds the residual and applies the norm after it, if there is one."""
+        hidden = hidden + (output if self.dropout is None else self.dropout(output))
+        left: Tensor = hidden if self.after is None else self.after(hidden)
+        return left
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """Attention to other encoders' rows; several sites run side by side and are combined.
+
+    Attributes:
+        sites: One site per context.
+        wrap: Norms and residual around the combination.
+        combine: Joins the sites' outputs, each ``(B, N, D)``.
+        combine_macs: Multiply-adds of ``combine`` per token.
+    """
+
+    sites: tuple[AttentionSite, ...]
+    wrap: SubLayer
+    combine: Callable[[list[Tensor]], Tensor] | None = None
+    combine_macs: int = 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer of an encoder or decoder.
+
+    Attributes:
+        encoder: Name of the encoder it belongs to, for reports.
+        stream: The stream of tokens that runs through it.
+        layer: Layer index.
+        attention: Its self-attention.
+        attention_wrap: Norms around it.
+        feed_forward: Its feed-forward layer.
+        feed_forward_wrap: Norms around it.
+        cross: Its cross-attention, if any.
+        drops_tokens: Whether tokens may be dropped here; only then are they scored.
+    """
+
+    encoder: str
+    stream: Stream
+    layer: int
+    attention: AttentionSite
+    attention_wrap: SubLayer
+    feed_forward: FeedForwardSite
+    feed_forward_wrap: SubLayer
+    cross: CrossAttention | None = None
+    drops_tokens: bool = True
+
+    def groups(self) -> Iterator[UnitGroup]:
+        """Yields the block's unit groups."""
+        yield self.attention
+        yield from self.cross.sites if self.cross else ()
+        yield self.feed_forward
+
+
+@dataclass
+class TokenState:
+    """The tokens that run through an encoder.
+
+    Attributes:
+        hidden: ``(B, N, D)``.
+        valid: True for real tokens, ``(B, N)``; ``None`` means all.
+        pooled: The token that stands for the sample (class token), ``(B, N)``; ``None``: none.
+        protected: Tokens that are never dropped (pooled ones included), ``(B, N)``.
+        bias: Additive or bool attention mask ``(B or 1, 1, Nq, Nk)`` beyond padding.
+        cache: Key/value cache of a decoder, as the stock code passes it.
+    """
+
+    hidden: Tensor
+    valid: Tensor | None = None
+    pooled: Tensor | None = None
+    protected: Tensor | None = None
+    bias: Tensor | None = None
+    cache: Any = None
+
+    def flags(self, mask: Tensor | None, default: bool) -> Tensor:
+        """Returns a mask as a tensor ``(B, N)``, filled with ``default`` if it is ``None``."""
+        if mask is not None:
+            return mask
+        shape = self.hidden.shape[:2]
+        return torch.full(shape, default, dtype=torch.bool, device=self.hidden.device)
+
+
+@dataclass
+class _Held:
+    site: FeedForwardSite
+    activation: Tensor
+
+
+def real_rows(rows: Tensor) -> Tensor:
+    """True where a row is a real token: padding is exactly zero. ``(B, N, D)`` to ``(B, N)``."""
+    return (rows != 0).any(dim=-1)
+
+
+@contextmanager
+def unmetered(model: nn.Module) -> Iterator[None]:
+    """Runs forward passes that deployment would not run: neither counted nor collected."""
+    handle = getattr(model, "pruning", None)
+    if handle is None:
+        yield
+        return
+    before = handle.meter, handle.statistics
+    handle.statistics = None
+    if handle.meter is not None:
+        handle.meter.paused = True
+    try:
+        yield
+    finally:
+        handle.meter, handle.statistics = before
+        if handle.meter is not None:
+            handle.meter.paused = False
+
+
+def run_blocks(
+    handle: "PruningHandle",
+    blocks: Sequence[Block],
+    state: TokenState,
+    contexts: Sequence[Tensor] = (),
+) -> TokenState:
+    """Runs an encoder's layers under the handle's masks and thresholds.
+
+    Args:
+        handle: Masks, thresholds, collectors.
+        blocks: The layers, in order.
+        state: The tokens that enter.
+        contexts: What the cross-attention sites attend to, one ``(B, N_v, D_v)`` each; padded
+            rows are zero.
+
+    Returns:
+        The tokens that leave; padded rows are zero if any token was dropped.
+    """
+    valid_contexts = [real_rows(rows) for rows in contexts]
+    held: _Held | None = None
+    for block in blocks:
+        state, held = _run_block(handle, block, state, held, contexts, valid_contexts)
+    if state.valid is not None:
+        state.hidden = state.hidden * state.valid.unsqueeze(-1).to(state.hidden.dtype)
+    return state
+
+
+def _run_block(
+    handle: "PruningHandle",
+    block: Block,
+    state: TokenState,
+    held: _Held | None,
+    contexts: Sequence[Tensor],
+    valid_contexts: Sequence[Tensor],
+) -> tuple[TokenState, _Held | None]:
+    threshold = handle.thresholds.get(block.stream, 0.0) if block.drops_tokens else 0.0
+    statistics = handle.statistics
+    scored = block.drops_tokens and (
+        threshold > 0 or (statistics is not None and handle.switches.cip)
+    )
+
+    context, scores = _self_attention(handle, block, state, need_scores=scored)
+    if statistics is not None:
+        weights = _row_weights(handle, state, scores)
+        statistics.add(block.attention.name, context, weights)
+        if held is not None:
+            statistics.add(held.site.name, held.activation, weights)
+    output = block.attention.out.linear(context)
+    state.hidden = block.attention_wrap.leave(state.hidden, output)
+
+    if threshold > 0 and scores is not None:
+        state, scores = _drop_tokens(handle, block, state, scores, threshold)
+    counts = cost.token_counts(state.valid, state.hidden)
+    if handle.meter is not None and not handle.meter.paused:
+        handle.meter.add_tokens(block.encoder, block.layer, counts)
+
+    weights = None if statistics is None else _row_weights(handle, state, scores)
+    if block.cross is not None and contexts:
+        _cross_attend(handle, block.cross, state, contexts, valid_contexts, weights)
+
+    rows = block.feed_forward_wrap.enter(state.hidden)
+    site = block.feed_forward
+    if handle.meter is not None and not handle.meter.paused:
+        one = cost.feed_forward_macs(counts, rows.shape[-1], 1, len(site.inputs) + 1)
+        handle.meter.add_units(site.name, one)
+    activation = site.hidden(rows, handle.masks.get(site.name))
+    output = site.out.linear(activation)
+    state.hidden = block.feed_forward_wrap.leave(state.hidden, output)
+    if statistics is None:
+        return state, None
+    if block.drops_tokens and block.layer != handle.last_layer(block.encoder):
+        return state, _Held(site, activation.detach())
+    statistics.add(site.name, activation, weights)
+    return state, None
+
+
+def _self_attention(
+    handle: "PruningHandle", block: Block, state: TokenState, *, need_scores: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the context ``(B, N, a)`` and, if asked for, token scores ``(B, N)``."""
+    site = block.attention
+    rows = block.attention_wrap.enter(state.hidden)
+    query, key, value = _apply_head_mask(handle, site, site.project(rows, rows))
+    if state.cache is not None:
+        key, value = _cached(state.cache, site.layer, key, value, cross=False)
+    bias = state.bias if state.bias is not None else _key_mask(state.valid)
+    context, probabilities = attend(
+        site, query, key, value, bias, training=handle.model.training, explicit=need_scores
+    )
+    context = _scale_context(handle, site, context)
+    if handle.meter is not None and not handle.meter.paused:
+        counts = cost.token_counts(state.valid, rows)
+        keys = counts if state.cache is None else torch.full_like(counts, key.shape[2])
+        one = cost.self_attention_macs(counts, keys, rows.shape[-1], site.unit_width)
+        handle.meter.add_units(site.name, one)
+    if probabilities is None:
+        return context, None
+    mask = handle.head_mask(site) if handle.switches.cit else None
+    return context, token_importance(probabilities, mask, state.valid, state.protected)
+
+
+def attend(
+    site: AttentionSite,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    *,
+    training: bool,
+    explicit: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attends; the probabilities are formed only when somebody needs them.
+
+    Args:
+        site: Scale and dropout.
+        query: ``(B, H, Nq, d)``.
+        key: ``(B, H / group, Nk, d)``.
+        value: As ``key``.
+        bias: Additive (float) or keep (bool) mask, broadcastable to ``(B, H, Nq, Nk)``.
+        training: Whether dropout acts.
+        explicit: Form the probabilities instead of using the fused kernel.
+
+    Returns:
+        The context ``(B, Nq, H * d)`` and the probabilities before dropout
+        ``(B, H, Nq, Nk)`` or ``None``.
+    """
+    if site.queries_per_unit > 1:
+        key = key.repeat_interleave(site.queries_per_unit, dim=1)
+        value = value.repeat_interleave(site.queries_per_unit, dim=1)
+    dropout = site.dropout if training else 0.0
+    if not explicit:
+        if bias is not None and bias.is_floating_point():
+            bias = bias.to(query.dtype)
+        context = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, dropout_p=dropout, scale=site.scale
+        )
+        return context.transpose(1, 2).flatten(2), None
+    logits = torch.matmul(query, key.transpose(-1, -2)) * site.scale
+    if bias is not None:
+        lowest = torch.finfo(logits.dtype).min
+        logits = logits + bias if bias.is_floating_point() else logits.masked_fill(~bias, lowest)
+    probabilities = torch.softmax(logits.float(), dim=-1)
+    weights = F.dropout(probabilities, dropout, training).to(value.dtype)
+    return torch.matmul(weights, value).transpose(1, 2).flatten(2), probabilities
+
+
+def _key_mask(valid: Tensor | None) -> Tensor | None:
+    return None if valid is None else valid[:, None, None, :]
+
+
+def _apply_head_mask(
+    handle: "PruningHandle", site: AttentionSite, heads: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Multiplies q, k and v by the head mask (Eq. 2) unless the mask sits on the context."""
+    mask = handle.masks.get(site.name)
+    if mask is None or handle.mask_site == "context":
+        return heads
+    query, key, value = heads
+    mask = mask.to(device=query.device, dtype=query.dtype)
+    per_query = mask.repeat_interleave(site.queries_per_unit)
+    return query * per_query[:, None, None], key * mask[:, None, None], value * mask[:, None, None]
+
+
+def _scale_context(handle: "PruningHandle", site: AttentionSite, context: Tensor) -> Tensor:
+    mask = handle.masks.get(site.name)
+    if mask is None or handle.mask_site == "qkv":
+        return context
+    return context * mask.to(device=context.device, dtype=context.dtype).repeat_interleave(
+        site.unit_width
+    )
+
+
+def _row_weights(
+    handle: "PruningHandle", state: TokenState, scores: Tensor | None
+) -> Tensor | None:
+    """Returns the weights of Eq. 4 for the rows of ``state``, or ones over real rows (Eq. 3)."""
+    if not handle.switches.cip:
+        return None if state.valid is None else state.valid.float()
+    if scores is not None:
+        pooled = state.flags(state.pooled, default=False)
+        weights = token_weights(scores, pooled)
+        return weights * state.flags(state.valid, default=True)
+    valid = state.flags(state.valid, default=True).float()
+    return valid / valid.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _drop_tokens(
+    handle: "PruningHandle", block: Block, state: TokenState, scores: Tensor, threshold: float
+) -> tuple[TokenState, Tensor]:
+    valid = state.flags(state.valid, default=True)
+    protected = state.flags(state.protected, default=False)
+    keep = keep_above(scores, threshold, valid, protected, handle.min_tokens[block.stream])
+    selection = select(keep, scores, valid, merge=handle.merges(block.stream))
+    if selection is None:
+        return state, scores
+    return gather_state(state, selection), selection.gather_scores(scores)
+
+
+def gather_state(state: TokenState, selection: Selection) -> TokenState:
+    """Applies a selection to everything that runs with the tokens."""
+    return TokenState(
+        hidden=selection.gather(state.hidden),
+        valid=selection.all_valid,
+        pooled=None if state.pooled is None else selection.gather_flags(state.pooled),
+        protected=None if state.protected is None else selection.gather_flags(state.protected),
+        bias=None if state.bias is None else _gather_bias(state.bias, selection),
+        cache=state.cache,
+    )
+
+
+def _gather_bias(bias: Tensor, selection: Selection) -> Tensor:
+    """Gathers rows and columns of a mask ``(B or 1, 1, N, N)``, padding its own keys out.
+
+    Raises:
+        ValueError: If a summary token would need a row of its own.
+    """
+    if selection.summary_weight is not None:
+        raise ValueError("a causal stream cannot merge tokens; set merge='drop'")
+    index = selection.index
+    batch, kept = index.shape
+    bias = bias.expand(batch, *bias.shape[1:])
+    rows = index[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3])
+    bias = bias.gather(2, rows)
+    bias = bias.gather(3, index[:, None, None, :].expand(-1, bias.shape[1], kept, -1))
+    keys = selection.valid[:, None, None, :]
+    if bias.is_floating_point():
+        return bias.masked_fill(~keys, torch.finfo(bias.dtype).min)
+    return bias & keys
+
+
+def _cross_attend(
+    handle: "PruningHandle",
+    cross: CrossAttention,
+    state: TokenState,
+    contexts: Sequence[Tensor],
+    valid_contexts: Sequence[Tensor],
+    weights: Tensor | None,
+) -> None:
+    rows = cross.wrap.enter(state.hidden)
+    outputs = []
+    for site, context, valid in zip(cross.sites, contexts, valid_contexts, strict=True):
+        query, key, value = _cross_heads(handle, site, rows, context, state.cache)
+        mixed, _ = attend(
+            site,
+            query,
+            key,
+            value,
+            _key_mask(valid),
+            training=handle.model.training,
+            explicit=False,
+        )
+        mixed = _scale_context(handle, site, mixed)
+        if handle.statistics is not None:
+            handle.statistics.add(site.name, mixed, weights)
+        outputs.append(site.out.linear(mixed))
+        if handle.meter is not None and not handle.meter.paused:
+            queries = cost.token_counts(state.valid, rows)
+            one = cost.cross_attention_macs(
+                queries, valid.sum(dim=1), rows.shape[-1], context.shape[-1], site.unit_width
+            )
+            handle.meter.add_units(site.name, one)
+    output = outputs[0] if cross.combine is None else cross.combine(outputs)
+    if handle.meter is not None and not handle.meter.paused and cross.combine_macs:
+        tokens = int(cost.token_counts(state.valid, rows).sum())
+        handle.meter.add_fixed(tokens * cross.combine_macs)
+    state.hidden = cross.wrap.leave(state.hidden, output)
+
+
+def _cross_heads(
+    handle: "PruningHandle", site: AttentionSite, rows: Tensor, context: Tensor, cache: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Projects queries, and keys and values once per generated sequence."""
+    if cache is not None and cache.is_updated.get(site.layer):
+        query = site.inputs[0].linear(rows).unflatten(-1, (-1, site.head_dim)).transpose(1, 2)
+        stored = cache.cross_attention_cache.layers[site.layer]
+        query, _, _ = _apply_head_mask(handle, site, (query, query, query))
+        return query, stored.keys, stored.values
+    query, key, value = _apply_head_mask(handle, site, site.project(rows, context))
+    if cache is not None:
+        key, value = _cached(cache, site.layer, key, value, cross=True)
+    return query, key, value
+
+
+def _cached(
+    cache: Any, layer: int, key: Tensor, value: Tensor, *, cross: bool
+) -> tuple[Tensor, Tensor]:
+    """Appends to the stock cache and returns everything it holds for the layer."""
+    if cross:
+        pair = cache.cross_attention_cache.update(key, value, layer)
+        cache.is_updated[layer] = True
+    else:
+        part = getattr(cache, "self_attention_cache", cache)
+        pair = part.update(key, value, layer)
+    key, value = pair
+    return key, value

@@ -1,0 +1,148 @@
+"""Saving and loading pruned models: safetensors, the dense config, and a JSON plan.
+
+A pruned directory holds ``config.json`` of the dense model, ``model.safetensors`` of the shrunk
+weights, ``pruning.json`` with the kept units and token thresholds, and the tokenizer. Loading
+builds the dense class without weights, shrinks it to the plan and loads strictly. Nothing in a
+directory is ever executed.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from comp.config import Method
+from comp.errors import CheckpointMismatch, UnsupportedModelError
+from comp.handle import handle_of
+from comp.modes import Stream
+from comp.shrink import apply_plan_
+
+WEIGHTS = "model.safetensors"
+PLAN = "pruning.json"
+
+
+def save_pruned(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    tokenizer: Any = None,
+    card: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a model so that ``load_pruned`` rebuilds it in another process.
+
+    Args:
+        model: A dense or shrunk model; masks must be gone.
+        directory: Made if it is missing. ``pruning.json`` is written last.
+        tokenizer: Saved beside it, if given.
+        card: What is known of the model, saved as ``card.json``.
+        dtype: Store floating weights in this type; loading turns them back into float32.
+
+    Raises:
+        ValueError: If masks are still in force.
+    """
+    handle = handle_of(model) if hasattr(model, "pruning") else None
+    if handle is not None and handle.masks:
+        raise ValueError(
+            f"{len(handle.masks)} masks are in force; shrink the model before saving it"
+        )
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config: Any = model.config
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(directory)
+    save_file(_unique_tensors(model, dtype), directory / WEIGHTS)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    if card is not None:
+        (directory / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    if handle is not None:
+        (directory / PLAN).write_text(json.dumps(handle.plan()) + "\n")
+
+
+def _unique_tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """The state without aliases of tied tensors, which loading ties again."""
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        value = tensor.detach().cpu().contiguous()
+        tensors[name] = value.to(dtype) if dtype and value.is_floating_point() else value
+    return tensors
+
+
+def load_pruned(directory: str | Path) -> nn.Module:
+    """Rebuilds a saved model, dense or pruned, in eval mode on the CPU.
+
+    Args:
+        directory: What ``save_pruned`` or ``save_pretrained`` wrote.
+
+    Returns:
+        The model, attached if it is pruned.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        UnsupportedModelError: If no family knows the model's class.
+        CheckpointMismatch: If plan, config and weights do not belong together.
+    """
+    from comp.models import attach, model_classes
+
+    directory = Path(directory)
+    for name in ("config.json", WEIGHTS):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory} holds no {name}; it is no saved model")
+    config = json.loads((directory / "config.json").read_text())
+    names = config.get("architectures") or ["(none)"]
+    classes: dict[str, Any] = model_classes()
+    if names[0] not in classes:
+        raise UnsupportedModelError(
+            f"{directory} holds a {names[0]}, which has no adapter; the classes known are "
+            + ", ".join(sorted(classes))
+        )
+    model_class = classes[names[0]]
+    model: nn.Module = model_class(model_class.config_class.from_pretrained(directory))
+    plan_path = directory / PLAN
+    if plan_path.is_file():
+        plan = json.loads(plan_path.read_text())
+        switches = Method(cip=plan["cip"], cit=plan["cit"], schedule="mps")
+        handle = attach(
+            model,
+            switches=switches,
+            merge=plan["merge"],
+            min_tokens={Stream(k): v for k, v in plan["min_tokens"].items()},
+        )
+        if plan["dense_units"] != handle.dense_units:
+            raise CheckpointMismatch(
+                f"{plan_path} was made for a {plan['family']} model of other widths than "
+                f"{directory / 'config.json'} describes; the files do not belong together"
+            )
+        apply_plan_(handle, plan["kept"])
+        handle.thresholds = {Stream(k): v for k, v in plan["thresholds"].items()}
+    _load_strictly(model, directory / WEIGHTS)
+    return model.eval()
+
+
+def _load_strictly(model: nn.Module, path: Path) -> None:
+    state = {name: _float32(tensor) for name, tensor in load_file(path).items()}
+    own = model.state_dict(keep_vars=True)
+    first_alias: dict[int, str] = {}
+    for name, tensor in own.items():
+        first_alias.setdefault(id(tensor), name)
+    missing = [n for n, t in own.items() if n not in state and first_alias[id(t)] not in state]
+    unexpected = [name for name in state if name not in own]
+    wrong = [n for n, t in state.items() if n in own and own[n].shape != t.shape]
+    if missing or unexpected or wrong:
+        raise CheckpointMismatch(
+            f"{path} does not fit the model: missing {missing[:5]}, unexpected {unexpected[:5]}, "
+            f"other shape {wrong[:5]}"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def _float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor

@@ -1,0 +1,148 @@
+"""Measuring a model on a split: the task's metric, its loss, and what the passes cost."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from comp.cost import Measurement
+from comp.handle import PruningHandle, handle_of
+from comp.importance import ActivationStatistics
+from comp.tasks.base import Batch, Evaluation, Task
+
+
+def resolve_device(name: str) -> torch.device:
+    """Returns the device a config names; ``auto`` takes the accelerator if there is one.
+
+    Raises:
+        ValueError: If the device does not exist here.
+    """
+    if name == "auto":
+        if torch.accelerator.is_available():
+            device = torch.accelerator.current_accelerator()
+            assert device is not None
+            return device
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here ({reason}); pass auto") from error
+    return device
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Moves a batch's tensors; other values stay."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def batch_size_of(batch: Batch) -> int:
+    """Number of samples in a batch: the length of its first tensor."""
+    return next(len(value) for value in batch.values() if isinstance(value, Tensor))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; restores the mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def autocast(device: torch.device, *, enabled: bool) -> Any:
+    """bfloat16 autocast on a device, or nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    split: str,
+    *,
+    batch_size: int = 64,
+    num_samples: int | None = None,
+    device: torch.device | None = None,
+    mixed: bool = False,
+) -> tuple[Evaluation, Measurement]:
+    """Evaluates an attached model and measures the same passes.
+
+    Args:
+        model: An attached model, already on ``device``.
+        task: The task.
+        split: Which split.
+        batch_size: Samples per forward; results do not depend on it.
+        num_samples: The first so many samples, or all.
+        device: Where batches go; the CPU if ``None``.
+        mixed: Run in bfloat16 autocast.
+
+    Returns:
+        The metric in points of 100 with the mean loss, and the cost.
+
+    Raises:
+        ValueError: If the split is empty.
+    """
+    handle = handle_of(model)
+    device = device or torch.device("cpu")
+    metric = loss = 0.0
+    count = 0
+    with evaluating(model), handle.metering() as meter:
+        for batch in task.batches(split, batch_size=batch_size, num_samples=num_samples):
+            with autocast(device, enabled=mixed):
+                values, losses = task.score(model, to_device(batch, device))
+            metric += float(values.double().sum())
+            loss += float(losses.double().sum())
+            count += values.shape[0]
+        if count == 0:
+            raise ValueError(f"split {split!r} of task {task.name!r} is empty")
+        meter.num_samples = count
+        measured = meter.measurement(handle.groups.values(), handle.alive())
+    return Evaluation(100 * metric / count, loss / count, count), measured
+
+
+def measure_cost(
+    model: nn.Module, task: Task, batches: Iterable[Batch], *, mixed: bool = False
+) -> Measurement:
+    """Measures what the passes over some batches cost; labels are not looked at.
+
+    Args:
+        model: An attached model.
+        task: Runs the forward pass.
+        batches: Batches on the model's device.
+        mixed: Run in bfloat16 autocast.
+    """
+    handle = handle_of(model)
+    with evaluating(model), handle.metering() as meter:
+        for batch in batches:
+            device = next(v.device for v in batch.values() if isinstance(v, Tensor))
+            with autocast(device, enabled=mixed):
+                task.score(model, batch)
+            meter.num_samples += batch_size_of(batch)
+        return meter.measurement(handle.groups.values(), handle.alive())
+
+
+def collect_statistics(
+    handle: PruningHandle, task: Task, batches: Iterable[Batch], *, mixed: bool = False
+) -> tuple[ActivationStatistics, Measurement]:
+    """Collects activations (and the cost) over calibration batches, in eval mode.
+
+    Args:
+        handle: The handle of the model.
+        task: Runs the forward pass.
+        batches: Calibration batches on the model's device.
+        mixed: Run in bfloat16 autocast.
+    """
+    with evaluating(handle.model), handle.metering() as meter, handle.collecting() as statistics:
+        for batch in batches:
+            device = next(v.device for v in batch.values() if isinstance(v, Tensor))
+            with autocast(device, enabled=mixed):
+                task.score(handle.model, batch)
+            statistics.num_samples += batch_size_of(batch)
+        meter.num_samples = statistics.num_samples
+        return statistics, meter.measurement(handle.groups.values(), handle.alive())

@@ -1,0 +1,175 @@
+"""Training steps: the ones between raises and the fine-tuning after the shrink."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from comp.config import PruningConfig
+from comp.cost import Measurement
+from comp.evaluation import autocast, evaluate, to_device
+from comp.handle import handle_of
+from comp.tasks.base import Evaluation, Task
+
+RATIO_TOLERANCE = 0.005
+"""A fine-tuned model may miss its FLOPs target by this share of the dense FLOPs."""
+
+
+def make_optimizer(model: nn.Module, config: PruningConfig) -> torch.optim.AdamW:
+    """AdamW over all trainable parameters."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def train_step(
+    model: nn.Module,
+    task: Task,
+    batch: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    config: PruningConfig,
+) -> float:
+    """Does one optimizer step and returns the loss; a loss that is not finite changes nothing."""
+    device = next(model.parameters()).device
+    with autocast(device, enabled=config.autocast):
+        loss = task.loss(model, to_device(batch, device))
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        return value
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    optimizer.step()
+    return value
+
+
+def cosine(step: int, total: int, peak: float) -> float:
+    """Learning rate of a cosine to zero at ``step`` of ``total``."""
+    return peak * 0.5 * (1 + math.cos(math.pi * step / max(total, 1)))
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What fine-tuning chose.
+
+    Attributes:
+        validation: Verdict on the validation subset of the chosen weights.
+        cost: Their cost on the same samples.
+        step: The step they are from.
+    """
+
+    validation: Evaluation
+    cost: Measurement
+    step: int
+
+
+def fine_tune_(
+    model: nn.Module,
+    task: Task,
+    config: PruningConfig,
+    *,
+    target_macs: float,
+    dense_macs: float,
+    batches: Iterable[dict[str, Tensor]],
+    checks: int = 4,
+    on_step: Callable[[int, float], None] | None = None,
+) -> FineTuned:
+    """Fine-tunes a shrunk model in place and keeps the best weights by validation.
+
+    Token thresholds stay fixed while training and are rescaled by one common factor at each
+    check if the measured FLOPs left the target by more than ``RATIO_TOLERANCE``.
+
+    Args:
+        model: A shrunk, attached model on its device.
+        task: The task.
+        config: Steps, learning rate, evaluation subset.
+        target_macs: Mean multiply-adds per sample to stay at.
+        dense_macs: The dense model's, which the tolerance is a share of.
+        batches: Training batches.
+        checks: Evaluations spread over the steps; the last is after the last step.
+        on_step: Called with step and loss.
+
+    Returns:
+        The chosen weights' verdict; the model holds those weights.
+
+    Raises:
+        RuntimeError: If the loss stops being finite.
+    """
+    steps = config.fine_tune_steps
+    peak = config.fine_tune_learning_rate or config.learning_rate
+    optimizer = make_optimizer(model, config)
+    due = {math.ceil(steps * i / checks) for i in range(1, checks + 1)} if steps else set()
+    best: tuple[tuple[bool, float], FineTuned, dict[str, Tensor], dict[str, float]] | None = None
+    stream = iter(batches)
+    for step in range(steps + 1):
+        if step in due or (steps == 0 and step == 0):
+            found = _check(model, task, config, target_macs, dense_macs, step)
+            best = _better(model, best, found, target_macs, dense_macs)
+        if step == steps:
+            break
+        model.train()
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(step, steps, peak)
+        loss = train_step(model, task, next(stream), optimizer, config)
+        if not math.isfinite(loss):
+            raise RuntimeError(
+                f"the fine-tuning loss became {loss} at step {step}; lower fine_tune_learning_rate"
+            )
+        if on_step is not None:
+            on_step(step, loss)
+    assert best is not None
+    _, chosen, state, thresholds = best
+    model.load_state_dict(state)
+    handle = handle_of(model)
+    handle.thresholds = {s: thresholds[s.value] for s in handle.thresholds}
+    model.eval()
+    return chosen
+
+
+_Best = tuple[tuple[bool, float], FineTuned, dict[str, Tensor], dict[str, float]]
+
+
+def _better(
+    model: nn.Module, best: "_Best | None", found: FineTuned, target: float, dense: float
+) -> "_Best":
+    within = abs(found.cost.macs - target) <= RATIO_TOLERANCE * dense
+    key = (within, found.validation.metric)
+    if best is not None and key <= best[0]:
+        return best
+    thresholds = {s.value: theta for s, theta in handle_of(model).thresholds.items()}
+    return key, found, copy.deepcopy(model.state_dict()), thresholds
+
+
+def _check(
+    model: nn.Module,
+    task: Task,
+    config: PruningConfig,
+    target: float,
+    dense: float,
+    step: int,
+    tries: int = 5,
+) -> FineTuned:
+    """Evaluates, and rescales the thresholds while the FLOPs are off target."""
+    handle = handle_of(model)
+    low, high = 0.0, math.inf
+    factor, base = 1.0, dict(handle.thresholds)
+    device = next(model.parameters()).device
+    for attempt in range(tries):
+        verdict, cost = evaluate(
+            model,
+            task,
+            "val",
+            batch_size=config.eval_batch_size,
+            num_samples=config.eval_samples,
+            device=device,
+            mixed=config.autocast,
+        )
+        gap = (cost.macs - target) / dense
+        if abs(gap) <= RATIO_TOLERANCE or not any(base.values()) or attempt == tries - 1:
+            break
+        low, high = (factor, high) if gap > 0 else (low, factor)
+        factor = (low + high) / 2 if math.isfinite(high) and low > 0 else factor * (1 + 2 * gap)
+        handle.thresholds = {stream: theta * factor for stream, theta in base.items()}
+    return FineTuned(verdict, cost, step)

@@ -1,0 +1,191 @@
+"""Which units a stage prunes and how their masks fade.
+
+Scores of heads and of channels are not comparable as they are, so each kind is standardised
+over all layers of the mode before the two are ranked together (UPop's unified ranking).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from comp.blocks import UnitGroup
+from comp.handle import PruningHandle
+from comp.importance import ActivationStatistics
+
+
+@dataclass(frozen=True)
+class RankedUnit:
+    """One unit in a ranking.
+
+    Attributes:
+        group: Name of its group.
+        unit: Its index as the group physically is.
+        score: Standardised score; low is pruned first.
+    """
+
+    group: str
+    unit: int
+    score: float
+
+
+@dataclass(frozen=True)
+class UnitChoice:
+    """What a stage prunes.
+
+    Attributes:
+        units: Group name to the selected units.
+        threshold: Standard score of the last selected unit (theta of a parameter mode).
+        macs: Mean multiply-adds per sample that go with them.
+    """
+
+    units: dict[str, list[int]]
+    threshold: float
+    macs: float
+
+    @property
+    def count(self) -> int:
+        """Number of selected units."""
+        return sum(len(units) for units in self.units.values())
+
+
+def mask_value(step: int, decay_steps: int) -> float:
+    """Returns the mask of fading units after ``step`` of ``decay_steps`` steps.
+
+    The curve is UPop's, ``1 - sin(pi * step / (2 * decay_steps))``: 1 before the first step and
+    exactly 0 from the last one on.
+
+    Args:
+        step: Optimizer steps done in this stage.
+        decay_steps: Steps until the mask is 0.
+    """
+    if step >= decay_steps:
+        return 0.0
+    return 1.0 - math.sin(math.pi * step / (2 * decay_steps))
+
+
+def unit_scores(group: UnitGroup, statistics: ActivationStatistics) -> Tensor:
+    """Returns one score per unit: a head's is the mean of its channels', ``(units,)``."""
+    channels = statistics.scores(group.name, group.out.linear.weight)
+    scores: Tensor = channels.unflatten(0, (-1, group.unit_width)).mean(dim=1)
+    return scores
+
+
+def standardise(scores: Tensor) -> Tensor:
+    """Returns standard scores; zeros if there is one element or no variance."""
+    deviation = scores.std(unbiased=False)
+    if scores.numel() < 2 or not bool(deviation > 0):
+        return torch.zeros_like(scores)
+    return (scores - scores.mean()) / deviation
+
+
+def rank_units(
+    groups: Sequence[UnitGroup],
+    statistics: ActivationStatistics,
+    masks: Mapping[str, Tensor],
+) -> list[RankedUnit]:
+    """Ranks the alive units of some groups, least important first.
+
+    Args:
+        groups: The groups that compete.
+        statistics: Activations behind the scores.
+        masks: Masks that are in force; units at 0 are left out.
+    """
+    ranked: list[RankedUnit] = []
+    for kind in ("head", "channel"):
+        names: list[tuple[str, int]] = []
+        scores: list[Tensor] = []
+        for group in groups:
+            if group.kind != kind or group.name not in statistics.sums:
+                continue
+            alive = torch.arange(group.num_units)
+            if group.name in masks:
+                alive = masks[group.name].cpu().nonzero().flatten()
+            scores.append(unit_scores(group, statistics).cpu()[alive])
+            names += [(group.name, int(unit)) for unit in alive]
+        if names:
+            for (name, unit), score in zip(
+                names, standardise(torch.cat(scores)).tolist(), strict=True
+            ):
+                ranked.append(RankedUnit(name, unit, score))
+    return sorted(ranked, key=lambda entry: (entry.score, entry.group, entry.unit))
+
+
+def choose_units(
+    ranking: Sequence[RankedUnit],
+    groups: Mapping[str, UnitGroup],
+    alive: Mapping[str, int],
+    unit_macs: Mapping[str, float],
+    quantum: float,
+    *,
+    min_heads: int,
+    min_channels: int,
+) -> UnitChoice:
+    """Takes units from the bottom of a ranking until a quantum of FLOPs is reached.
+
+    A unit that would overshoot the quantum by more than one channel's cost is passed over for
+    cheaper ones further up; if that leaves nothing at all, the lowest unit is taken anyway.
+
+    Args:
+        ranking: Least important first.
+        groups: All unit groups by name.
+        alive: Units left in each group.
+        unit_macs: Mean multiply-adds of one unit, by group.
+        quantum: Multiply-adds to remove.
+        min_heads: Heads kept in every attention.
+        min_channels: Channels kept in every feed-forward layer.
+    """
+    left = dict(alive)
+    floor = {"head": min_heads, "channel": min_channels}
+    channels = [unit_macs.get(e.group, 0.0) for e in ranking if groups[e.group].kind == "channel"]
+    slack = max(channels, default=0.0)
+    chosen: dict[str, list[int]] = {}
+    first: RankedUnit | None = None
+    total, threshold = 0.0, -math.inf
+    for entry in ranking:
+        price = unit_macs.get(entry.group, 0.0)
+        if left[entry.group] <= floor[groups[entry.group].kind] or price <= 0:
+            continue
+        first = first or entry
+        if total + price > quantum + slack:
+            continue
+        chosen.setdefault(entry.group, []).append(entry.unit)
+        left[entry.group] -= 1
+        total += price
+        threshold = max(threshold, entry.score)
+        if total >= quantum:
+            break
+    if not chosen and first is not None:
+        return UnitChoice({first.group: [first.unit]}, first.score, unit_macs[first.group])
+    return UnitChoice({name: sorted(u) for name, u in chosen.items()}, threshold, total)
+
+
+def obtainable_macs(
+    groups: Sequence[UnitGroup],
+    alive: Mapping[str, int],
+    unit_macs: Mapping[str, float],
+    *,
+    min_heads: int,
+    min_channels: int,
+) -> float:
+    """Returns the multiply-adds that go when every group is pruned to its minimum."""
+    floor = {"head": min_heads, "channel": min_channels}
+    return sum(
+        max(alive[group.name] - floor[group.kind], 0) * unit_macs.get(group.name, 0.0)
+        for group in groups
+    )
+
+
+def fade_(handle: PruningHandle, choice: UnitChoice, value: float) -> None:
+    """Sets the masks of the chosen units to ``value``, in place; others keep theirs."""
+    for name, units in choice.units.items():
+        group = handle.groups[name]
+        device = group.out.linear.weight.device
+        mask = handle.masks.get(name)
+        if mask is None:
+            mask = torch.ones(group.num_units, device=device)
+        mask = mask.clone()
+        mask[torch.tensor(units, device=device)] = value
+        handle.masks[name] = mask

@@ -1,0 +1,95 @@
+"""What a family file provides, and how its structure is put on a model instance."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from torch import nn
+
+from comp.config import Method
+from comp.handle import PruningHandle, Structure, handle_of, restore_forwards
+from comp.modes import Stream
+
+
+class Adapter(Protocol):
+    """One model family: the only place that knows its module names.
+
+    Attributes:
+        name: Name of the family.
+        classes: Model classes it serves, by class name; ``load_model`` builds them.
+    """
+
+    name: str
+    classes: dict[str, type[nn.Module]]
+
+    def structure(self, model: nn.Module) -> Structure:
+        """Returns the blocks of a model that is an instance of one of ``classes``."""
+        ...
+
+    def swap_forwards(self, handle: PruningHandle) -> None:
+        """Swaps the encoder forwards of ``handle.model`` by ``comp.handle.swap_forward``."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with what belongs to it.
+
+    Attributes:
+        model: The module, dense or pruned.
+        tokenizer: Its tokenizer.
+        name: Preset name or directory name.
+        family: Name of the family.
+        task: The task it was trained for, ``""`` if unknown.
+        image_size: Side of its input images in pixels.
+        card: The model card: recipe, seed, measured accuracy.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+    family: str
+    task: str
+    image_size: int
+    card: dict[str, Any]
+
+
+def attach_with(
+    adapter: Adapter,
+    model: nn.Module,
+    *,
+    switches: Method | None = None,
+    mask_site: Literal["qkv", "context"] = "qkv",
+    merge: Literal["auto", "summary", "drop"] = "auto",
+    min_tokens: dict[Stream, int] | None = None,
+) -> PruningHandle:
+    """Puts a handle on a model, or updates the options of the one that is there."""
+    existing = getattr(model, "pruning", None)
+    if isinstance(existing, PruningHandle):
+        handle = existing
+    else:
+        handle = PruningHandle(model, adapter.structure(model))
+        model.__dict__["pruning"] = handle
+        adapter.swap_forwards(handle)
+    if switches is not None:
+        handle.switches = switches
+    if min_tokens is not None:
+        handle.min_tokens = dict(min_tokens)
+    handle.mask_site = mask_site
+    handle.merge = merge
+    return handle
+
+
+def detach(model: nn.Module) -> None:
+    """Restores the stock forwards.
+
+    Raises:
+        ValueError: If units are already removed, which the stock forward cannot run.
+    """
+    handle = handle_of(model)
+    if handle.kept:
+        raise ValueError(
+            f"{len(handle.kept)} modules have lost units, which the stock forward cannot run; "
+            "keep the model attached"
+        )
+    restore_forwards(handle)
+    del model.__dict__["pruning"]

@@ -1,0 +1,33 @@
+"""Names of the models that ship with their weights. No torch in here."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ZOO = Path(__file__).parent.parent / "zoo"
+
+
+@dataclass(frozen=True)
+class ModelPreset:
+    """A dense model in the package.
+
+    Attributes:
+        description: One line for ``comp models``.
+        task: The task it was trained for.
+    """
+
+    description: str
+    task: str
+
+
+MODEL_PRESETS: dict[str, ModelPreset] = {
+    "blip-tiny-vqa": ModelPreset("BLIP, 4 vision and 3 text layers, 64 px, OpenMoji VQA", "vqa"),
+    "blip-tiny-nlvr2": ModelPreset(
+        "BLIP with twin cross-attention, 4 vision and 3 text layers, 64 px, OpenMoji NLVR2",
+        "nlvr2",
+    ),
+}
+
+
+def preset_directory(name: str) -> Path:
+    """Returns where a preset's weights lie."""
+    return ZOO / name

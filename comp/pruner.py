@@ -1,0 +1,638 @@
+"""The stage loop: choose a mode, raise its threshold, train while masks fade, measure its cost.
+
+``Pruner.run`` is a generator of records and knows no logger, file format or actor. One run
+passes through all asked ratios: at each, the trajectory is copied, fine-tuned and tested, which
+gives a point of the accuracy-versus-ratio curve, and then goes on untouched.
+
+Source: CoMP (arXiv 2604.02956), Section 3 and Algorithm 1.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from comp.config import PruningConfig
+from comp.cost import Measurement
+from comp.errors import BudgetUnreachable, NanLoss
+from comp.evaluation import (
+    collect_statistics,
+    evaluate,
+    measure_cost,
+    resolve_device,
+    to_device,
+)
+from comp.finetune import fine_tune_, make_optimizer, train_step
+from comp.handle import PruningHandle, handle_of
+from comp.masks import (
+    UnitChoice,
+    choose_units,
+    fade_,
+    mask_value,
+    obtainable_macs,
+    rank_units,
+)
+from comp.measure import compare_latency
+from comp.models import attach
+from comp.modes import PruningMode, Stream
+from comp.results import CurvePoint, PruningResult, StageRecord
+from comp.shrink import migrate_optimizer_, shrink_
+from comp.strategy import FixedStrategy, MultiModeStrategy, Strategy
+from comp.tasks.base import Task
+
+MAX_PROBES = 12
+MAX_THRESHOLD = 64.0
+
+
+def make_strategy(config: PruningConfig, modes: list[PruningMode]) -> Strategy:
+    """Builds the schedule a config asks for over the modes a model has.
+
+    Args:
+        config: Names the schedule and its parameters.
+        modes: The model's modes, already restricted to what the method prunes.
+    """
+    schedule = config.switches.schedule
+    names = [mode.value for mode in modes]
+    if schedule in ("mps", "cas", "cas_re"):
+        return MultiModeStrategy(
+            names,
+            exploration=0.0 if schedule == "cas" else config.exploration,
+            temperature=config.temperature if schedule == "mps" else math.inf,
+            history=config.history if schedule == "mps" else 0.0,
+            horizon=config.horizon,
+            seed=config.seed,
+        )
+    tokens = [mode.value for mode in modes if mode.is_tokens]
+    parameters = [mode.value for mode in modes if not mode.is_tokens]
+    groups = [parameters, tokens] if schedule == "params_first" else [tokens, parameters]
+    return FixedStrategy(groups, sequential=schedule != "joint")
+
+
+@dataclass(frozen=True)
+class _Raise:
+    """What a stage does to the thresholds before it trains."""
+
+    choice: UnitChoice
+    thresholds: dict[Stream, float]
+    threshold: float
+    macs: float
+
+
+class Pruner:
+    """Prunes one model through all asked ratios.
+
+    Args:
+        model: A model of a known family; pruned in place.
+        task: Batches, loss and metric.
+        config: What to do.
+        model_name: Written into the points.
+        dense: The dense model's point, if it was measured before; otherwise the first thing
+            that ``run`` does is to measure it, which reads the test split.
+        dense_model: The dense model for latency comparison; ``None`` copies ``model``.
+
+    Attributes:
+        records: Everything ``run`` has yielded.
+        finished_model: After a ``CurvePoint``: the shrunk, fine-tuned model behind it.
+
+    Raises:
+        ValueError: If the config names a mode that the model does not have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        config: PruningConfig,
+        *,
+        model_name: str = "",
+        dense: CurvePoint | None = None,
+        dense_model: nn.Module | None = None,
+    ) -> None:
+        self.device = resolve_device(config.device)
+        self.task = task
+        self.config = config
+        self.model_name = model_name or type(model).__name__
+        self._dense_model = dense_model if dense_model is not None else copy.deepcopy(model)
+        self.model = model.to(self.device)
+        self.handle: PruningHandle = attach(
+            model,
+            switches=config.switches,
+            mask_site=config.mask_site,
+            merge=config.merge,
+            min_tokens={
+                Stream.VISION: config.min_vision_tokens,
+                Stream.TEXT: config.min_text_tokens,
+            },
+        )
+        self.handle.stock_when_idle = False
+        self.modes = self._allowed_modes()
+        self.strategy = make_strategy(config, self.modes)
+        self.optimizer = make_optimizer(model, config)
+        self.records: list[StageRecord | CurvePoint] = []
+        self.finished_model: nn.Module | None = None
+        self._given_dense = dense
+        self._step = 0
+        self._dense_macs = 0.0
+        self._macs = 0.0
+        self._value = 0.0
+        self._cost: Measurement | None = None
+
+    def _allowed_modes(self) -> list[PruningMode]:
+        have = self.handle.structure.modes()
+        for name in self.config.modes or ():
+            if name not in have:
+                raise ValueError(
+                    f"modes names {name!r}, which {type(self.model).__name__} does not have; "
+                    f"it has {', '.join(have)}"
+                )
+        switches = self.config.switches
+        wanted = [
+            mode
+            for mode in have
+            if (switches.tokens if mode.is_tokens else switches.parameters)
+            and (self.config.modes is None or mode.value in self.config.modes)
+        ]
+        if not wanted:
+            raise ValueError(
+                f"modes leaves nothing that method {self.config.method!r} prunes; "
+                f"the model has {', '.join(have)}"
+            )
+        return wanted
+
+    @property
+    def stages(self) -> list[StageRecord]:
+        """The finished stages."""
+        return [record for record in self.records if isinstance(record, StageRecord)]
+
+    @property
+    def points(self) -> list[CurvePoint]:
+        """The finished points, the dense model first."""
+        return [record for record in self.records if isinstance(record, CurvePoint)]
+
+    @property
+    def ratio(self) -> float:
+        """FLOPs ratio reached so far, on the validation subset."""
+        return 1.0 - self._macs / self._dense_macs if self._dense_macs else 0.0
+
+    def run(self) -> Iterator[StageRecord | CurvePoint]:
+        """Runs to the last asked ratio, or goes on after ``restore``.
+
+        Yields:
+            The dense model's point, then a record per stage, and after the stage that reaches an
+            asked ratio that ratio's point. Between two yields the state may be saved.
+
+        Raises:
+            BudgetUnreachable: If the kept minima forbid the ratio, or stages run out.
+            NanLoss: If the loss of a stage is not finite.
+        """
+        if not self.records:
+            yield self._note(self._begin())
+        elif self._cost is None:
+            self._measure_dense()
+        while len(self.points) <= len(self.config.ratios):
+            target = self.config.ratios[len(self.points) - 1]
+            done = self._macs <= self._target_macs(target) + self._slack
+            yield self._note(self._finish(target) if done else self._stage(target))
+
+    def _note(self, record: StageRecord | CurvePoint) -> StageRecord | CurvePoint:
+        self.records.append(record)
+        return record
+
+    def _target_macs(self, ratio: float) -> float:
+        return (1.0 - ratio) * self._dense_macs
+
+    @property
+    def _slack(self) -> float:
+        return self.config.tolerance * self._dense_macs
+
+    # --- the dense model -------------------------------------------------------------------
+
+    def _begin(self) -> CurvePoint:
+        point = self._measure_dense()
+        self._check_reachable()
+        return point
+
+    def _measure_dense(self) -> CurvePoint:
+        verdict, self._cost = self._evaluate(self.model, "val")
+        self._dense_macs = self._macs = self._cost.macs
+        self._value = self._value_of(verdict.metric, verdict.loss)
+        if self._given_dense is not None:
+            return replace(self._given_dense, seed=self.config.seed)
+        test, _ = self._evaluate(self.model, "test")
+        latency = self._latency(self.model)
+        return CurvePoint(
+            model=self.model_name,
+            task=self.task.name,
+            method="dense",
+            seed=self.config.seed,
+            ratio_asked=0.0,
+            ratio_reached=0.0,
+            gmacs=self._macs / 1e9,
+            params=_num_parameters(self.model),
+            val=verdict.metric,
+            test=test.metric,
+            val_before_tuning=verdict.metric,
+            latency_ms=latency[1],
+            dense_latency_ms=latency[0],
+            fine_tuned=0,
+            test_ratio=0.0,
+        )
+
+    def _check_reachable(self) -> None:
+        """Refuses a ratio that the minima forbid before any training is done."""
+        thresholds = dict(self.handle.thresholds)
+        for mode in self.modes:
+            if mode.is_tokens:
+                thresholds[mode.stream] = math.inf
+        with self.handle.with_thresholds(thresholds):
+            cost = measure_cost(self.model, self.task, self._probe_batches())
+        removable = obtainable_macs(
+            self._groups(self.modes),
+            cost.alive,
+            cost.unit_macs,
+            min_heads=self.config.min_heads,
+            min_channels=self.config.min_channels,
+        )
+        highest = 1.0 - (cost.macs - removable) / self._dense_macs
+        if highest < self.config.ratios[-1]:
+            floors = "min_heads, min_channels, min_vision_tokens and min_text_tokens"
+            raise BudgetUnreachable(
+                f"ratio {self.config.ratios[-1]} cannot be reached: with {floors} as set, "
+                f"{', '.join(self.modes)} reach at most {highest:.4f}; lower the ratio or the "
+                "minima",
+                highest,
+            )
+
+    # --- one stage -------------------------------------------------------------------------
+
+    def _stage(self, ratio: float) -> StageRecord:
+        limit = self.config.max_stages or 3 * self.config.num_stages
+        if len(self.stages) >= limit:
+            raise BudgetUnreachable(
+                f"ratio {ratio} is not reached after {limit} stages, only {self.ratio:.4f}; "
+                "raise max_stages, quantum_cap or stage_quantum",
+                self.ratio,
+            )
+        begin = time.perf_counter()
+        modes, raised = self._choose_and_raise(ratio)
+        self.handle.thresholds.update(raised.thresholds)
+        train_loss = self._train(raised.choice)
+        if self.config.shrink == "stage":
+            migrate_optimizer_(self.optimizer, shrink_(self.handle))
+        return self._measure_stage(ratio, modes, raised, train_loss, begin)
+
+    def _choose_and_raise(self, ratio: float) -> tuple[str, _Raise]:
+        gap = self._macs - self._target_macs(ratio)
+        refused: set[str] = set()
+        while True:
+            try:
+                name = self.strategy.choose(refused)
+            except RuntimeError as error:
+                if refused and self.strategy.live:
+                    refused.clear()
+                    name = self.strategy.choose()
+                    raised = self._raise(self._split(name), gap, coarse=True)
+                    if raised is not None:
+                        return name, raised
+                raise BudgetUnreachable(
+                    f"ratio {ratio} cannot be reached: every mode is exhausted at "
+                    f"{self.ratio:.4f}; lower the ratio or the minima",
+                    self.ratio,
+                ) from error
+            modes = self._split(name)
+            raised = self._raise(modes, gap, coarse=False)
+            if raised is not None:
+                return name, raised
+            self.strategy.withdraw()
+            for mode in modes:
+                if self._obtainable(mode) < self.config.min_quantum * self._dense_macs:
+                    self.strategy.exhaust(mode.value)
+                else:
+                    refused.add(mode.value)
+
+    @staticmethod
+    def _split(name: str) -> list[PruningMode]:
+        return [PruningMode(part) for part in name.split("+")]
+
+    def _raise(self, modes: list[PruningMode], gap: float, *, coarse: bool) -> _Raise | None:
+        """Picks units and moves thresholds so that a stage's quantum of FLOPs goes.
+
+        Args:
+            modes: The stage's modes; parameters share one ranking, tokens one threshold.
+            gap: Multiply-adds left to the target.
+            coarse: Accept a step that overshoots the target by more than the tolerance.
+
+        Returns:
+            What to do, or ``None`` if the modes cannot give what the stage needs.
+        """
+        assert self._cost is not None
+        smallest = self.config.min_quantum * self._dense_macs
+        own = sum(self._cost.mode_macs(self.handle.groups.values(), mode) for mode in modes)
+        quantum = min(
+            self.config.quantum * self._dense_macs,
+            gap,
+            max(self.config.quantum_cap * own, 1.5 * smallest),
+        )
+        tokens = [mode for mode in modes if mode.is_tokens]
+        parameters = [mode for mode in modes if not mode.is_tokens]
+        share = quantum / 2 if tokens and parameters else quantum
+        choice, macs = UnitChoice({}, 0.0, 0.0), 0.0
+        thresholds: dict[Stream, float] = {}
+        if parameters:
+            choice = self._pick_units(parameters, share)
+            macs += choice.macs
+        if tokens:
+            thresholds, drop = self._pick_thresholds(tokens, share)
+            macs += drop
+        last = quantum >= gap
+        if macs <= 0 or (macs < smallest and not last):
+            return None
+        if not coarse and last and macs > gap + 2 * self._slack:
+            return None
+        threshold = max(thresholds.values()) if thresholds else choice.threshold
+        return _Raise(choice, thresholds, threshold, macs)
+
+    def _groups(self, modes: list[PruningMode]) -> list[Any]:
+        return [group for group in self.handle.groups.values() if group.mode in modes]
+
+    def _obtainable(self, mode: PruningMode) -> float:
+        """Multiply-adds that a mode could still remove at its minima."""
+        assert self._cost is not None
+        if not mode.is_tokens:
+            return obtainable_macs(
+                self._groups([mode]),
+                self._cost.alive,
+                self._cost.unit_macs,
+                min_heads=self.config.min_heads,
+                min_channels=self.config.min_channels,
+            )
+        now = self._probe({})
+        return now - self._probe({mode.stream: math.inf})
+
+    def _pick_units(self, modes: list[PruningMode], quantum: float) -> UnitChoice:
+        statistics, cost = collect_statistics(
+            self.handle,
+            self.task,
+            self._train_samples(self.config.calibration_samples),
+            mixed=self.config.autocast,
+        )
+        groups = self._groups(modes)
+        ranking = rank_units(groups, statistics, self.handle.masks)
+        return choose_units(
+            ranking,
+            self.handle.groups,
+            self.handle.alive(),
+            cost.unit_macs,
+            quantum,
+            min_heads=self.config.min_heads,
+            min_channels=self.config.min_channels,
+        )
+
+    def _pick_thresholds(
+        self, modes: list[PruningMode], quantum: float
+    ) -> tuple[dict[Stream, float], float]:
+        """Searches one threshold increment for the modes' streams by bisection.
+
+        Returns:
+            The new thresholds and the measured drop in mean multiply-adds, nearest to
+            [quantum, 1.1 quantum] among the probes; thresholds never fall.
+        """
+        old = {mode.stream: self.handle.thresholds.get(mode.stream, 0.0) for mode in modes}
+        start = self._probe({})
+        low, high, width = 0.0, math.inf, 0.1
+        best: tuple[float, float, float] | None = None
+        for _ in range(MAX_PROBES):
+            step = (low + high) / 2 if math.isfinite(high) else width
+            drop = start - self._probe({stream: theta + step for stream, theta in old.items()})
+            miss = max(quantum - drop, drop - 1.1 * quantum, 0.0)
+            if best is None or miss < best[0]:
+                best = (miss, step, drop)
+            if miss == 0:
+                break
+            if drop < quantum:
+                low, width = step, 2 * step
+                if not math.isfinite(high) and width > MAX_THRESHOLD:
+                    break
+            else:
+                high = step
+        assert best is not None
+        return {stream: theta + best[1] for stream, theta in old.items()}, best[2]
+
+    def _probe(self, thresholds: dict[Stream, float]) -> float:
+        """Mean multiply-adds on the probe samples under other thresholds."""
+        with self.handle.with_thresholds({**self.handle.thresholds, **thresholds}):
+            return measure_cost(
+                self.model, self.task, self._probe_batches(), mixed=self.config.autocast
+            ).macs
+
+    def _probe_batches(self) -> Iterator[dict[str, Any]]:
+        return self._train_samples(self.config.probe_samples)
+
+    def _train_samples(self, count: int) -> Iterator[dict[str, Any]]:
+        """The same first samples of the training split every time, without augmentation."""
+        for batch in self.task.batches(
+            "train", batch_size=self.config.eval_batch_size, num_samples=count
+        ):
+            yield to_device(batch, self.device)
+
+    def _train(self, choice: UnitChoice) -> float:
+        """Trains for one stage while the chosen units fade; returns the mean loss."""
+        stage = len(self.stages) + 1
+        steps = self.config.steps_per_stage
+        decay = max(1, round(self.config.decay_share * steps))
+        batches = self.task.train_batches(
+            batch_size=self.config.batch_size, seed=self.config.seed, start=self._step
+        )
+        total = 0.0
+        self.model.train()
+        with torch.random.fork_rng(devices=self._rng_devices()):
+            torch.manual_seed(self.config.seed * 1_000_003 + stage)
+            for step in range(1, steps + 1):
+                loss = train_step(
+                    self.model, self.task, next(batches), self.optimizer, self.config
+                )
+                if not math.isfinite(loss):
+                    raise NanLoss(
+                        f"the training loss became {loss} in stage {stage}, step {step}; the "
+                        f"state after stage {stage - 1} is intact; lower learning_rate",
+                        stage,
+                    )
+                total += loss
+                fade_(self.handle, choice, mask_value(step, decay))
+        fade_(self.handle, choice, 0.0)
+        self._step += steps
+        return total / steps
+
+    def _rng_devices(self) -> list[int]:
+        return [self.device.index or 0] if self.device.type == "cuda" else []
+
+    def _measure_stage(
+        self, ratio: float, modes: str, raised: _Raise, train_loss: float, begin: float
+    ) -> StageRecord:
+        verdict, self._cost = self._evaluate(self.model, "val")
+        value = self._value_of(verdict.metric, verdict.loss)
+        drop = self._macs - self._cost.macs
+        if drop < self.config.min_quantum * self._dense_macs:
+            drop = raised.macs
+        cost = (self._value - value) / (drop / self._dense_macs)
+        choice = self.strategy.choice
+        self.strategy.record(modes, cost)
+        self._value, self._macs = value, self._cost.macs
+        reached = self._macs <= self._target_macs(ratio) + self._slack
+        self._advance_fixed_strategy()
+        return StageRecord(
+            stage=len(self.stages) + 1,
+            mode=modes,
+            choice=choice,
+            ratio=self.ratio,
+            macs=self._macs,
+            params=_num_parameters(self.model),
+            val=verdict.metric,
+            val_loss=verdict.loss,
+            train_loss=train_loss,
+            cost=cost,
+            mode_cost=self.strategy.costs.get(modes, cost),
+            threshold=raised.threshold,
+            units=raised.choice.count,
+            tokens=self._cost.last_tokens(),
+            seconds=time.perf_counter() - begin,
+            snapshot=ratio if reached else None,
+        )
+
+    def _advance_fixed_strategy(self) -> None:
+        """One-after-the-other schedules turn at 1 - sqrt(1 - p), the symmetric split."""
+        turn = 1.0 - math.sqrt(1.0 - self.config.ratios[-1])
+        if isinstance(self.strategy, FixedStrategy) and self.ratio >= turn:
+            self.strategy.advance()
+
+    def _value_of(self, metric: float, loss: float) -> float:
+        return metric if self.config.val_metric == "metric" else -loss
+
+    def _evaluate(self, model: nn.Module, split: str) -> tuple[Any, Measurement]:
+        return evaluate(
+            model,
+            self.task,
+            split,
+            batch_size=self.config.eval_batch_size,
+            num_samples=(
+                self.config.test_samples if split == "test" else self.config.eval_samples
+            ),
+            device=self.device,
+            mixed=self.config.autocast,
+        )
+
+    # --- one point -------------------------------------------------------------------------
+
+    def _finish(self, ratio: float) -> CurvePoint:
+        """Shrinks a copy of the trajectory, fine-tunes it, and reads the test split once."""
+        before = self.stages[-1].val if self.stages else self.points[0].val
+        model = copy.deepcopy(self.model)
+        handle = handle_of(model)
+        shrink_(handle)
+        with torch.random.fork_rng(devices=self._rng_devices()):
+            torch.manual_seed(self.config.seed * 1_000_003 - len(self.points))
+            tuned = fine_tune_(
+                model,
+                self.task,
+                self.config,
+                target_macs=self._target_macs(ratio),
+                dense_macs=self._dense_macs,
+                batches=self.task.train_batches(
+                    batch_size=self.config.batch_size, seed=self.config.seed + 1
+                ),
+            )
+        test, test_cost = self._evaluate(model, "test")
+        dense_ms, pruned_ms = self._latency(model)
+        self.finished_model = model
+        return CurvePoint(
+            model=self.model_name,
+            task=self.task.name,
+            method=self.config.method,
+            seed=self.config.seed,
+            ratio_asked=ratio,
+            ratio_reached=1.0 - tuned.cost.macs / self._dense_macs,
+            gmacs=tuned.cost.macs / 1e9,
+            params=_num_parameters(model),
+            val=tuned.validation.metric,
+            test=test.metric,
+            val_before_tuning=before,
+            latency_ms=pruned_ms,
+            dense_latency_ms=dense_ms,
+            fine_tuned=self.config.fine_tune_steps,
+            test_ratio=1.0 - test_cost.macs / self._dense_macs,
+        )
+
+    def _latency(self, model: nn.Module) -> tuple[float, float]:
+        batches = self.task.batches("val", batch_size=self.config.eval_batch_size)
+        batch = to_device(next(iter(batches)), self.device)
+        self._dense_model.to(self.device)
+        report = compare_latency(self._dense_model, model, self.task, batch, repeats=7)
+        return report.dense_ms, report.pruned_ms
+
+    # --- saving ----------------------------------------------------------------------------
+
+    def save(self, directory: str | Path) -> None:
+        """Writes everything that ``restore`` needs, atomically; call it between two yields."""
+        from comp.state import save_state
+
+        save_state(self, Path(directory))
+
+    def restore(self, directory: str | Path) -> None:
+        """Takes over a saved state; this pruner must be fresh, with the same dense model.
+
+        Raises:
+            CheckpointMismatch: If the state was saved under another config or model.
+        """
+        from comp.state import load_state
+
+        load_state(self, Path(directory))
+
+
+def _num_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def evaluate_dense(
+    model: nn.Module, task: Task, config: PruningConfig, *, model_name: str = ""
+) -> CurvePoint:
+    """Measures a dense model: validation, test, cost, latency.
+
+    Args:
+        model: Stays dense; it ends up attached and on the config's device.
+        task: The task.
+        config: Subset sizes, device, seed.
+        model_name: Written into the point.
+    """
+    return Pruner(model, task, config, model_name=model_name)._measure_dense()
+
+
+def prune(
+    model: nn.Module, task: Task, config: PruningConfig, *, model_name: str = ""
+) -> PruningResult:
+    """Prunes a model to every asked ratio in one go.
+
+    Args:
+        model: A model of a known family; pruned in place. Pass a copy to keep the dense one.
+        task: Batches, loss and metric, for example from ``comp.build_task``.
+        config: What to do.
+        model_name: Written into the points.
+
+    Returns:
+        The most pruned model and the records. ``result.model.save_pretrained(directory)``
+        writes it; ``comp.load_pruned(directory)`` reads it in another process.
+
+    Raises:
+        UnsupportedModelError: If no family knows the model's class.
+        BudgetUnreachable: If the kept minima forbid a ratio.
+        NanLoss: If the loss stops being finite.
+    """
+    pruner = Pruner(model, task, config, model_name=model_name)
+    for _ in pruner.run():
+        pass
+    return PruningResult(pruner.finished_model, pruner.stages, pruner.points)

@@ -1,0 +1,159 @@
+"""The state of a running ``Pruner`` on disk, exact enough to go on bit-equal on one device.
+
+``state.json`` holds records, strategy and plan; ``tensors.safetensors`` holds weights, optimizer
+moments and masks. The directory is written beside its final name and renamed, so that it is
+there whole or not at all.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from comp.cost import Measurement
+from comp.errors import CheckpointMismatch
+from comp.modes import Stream
+from comp.results import CurvePoint, StageRecord
+from comp.shrink import apply_plan_
+
+if TYPE_CHECKING:
+    from comp.pruner import Pruner
+
+VERSION = 1
+
+
+def save_state(pruner: "Pruner", directory: Path) -> None:
+    """Writes a pruner's state; see the module docstring.
+
+    Args:
+        pruner: Between two yields of ``run``.
+        directory: Replaced if it exists.
+    """
+    scratch = directory.with_name(f".{directory.name}.{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    handle = pruner.handle
+    tensors: dict[str, Tensor] = {}
+    names = {id(p): name for name, p in pruner.model.named_parameters()}
+    for name, tensor in pruner.model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, torch.nn.Parameter) or names.get(id(tensor)) == name:
+            tensors[f"model.{name}"] = tensor.detach()
+    for name, parameter in pruner.model.named_parameters():
+        for key, value in pruner.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+    for name, mask in handle.masks.items():
+        tensors[f"mask.{name}"] = mask
+    save_file(
+        {k: v.cpu().contiguous().clone() for k, v in tensors.items()},
+        scratch / "tensors.safetensors",
+    )
+    state = {
+        "version": VERSION,
+        "config": pruner.config.to_dict(),
+        "plan": handle.plan(),
+        "strategy": pruner.strategy.state(),
+        "records": [record_to_dict(record) for record in pruner.records],
+        "step": pruner._step,
+        "dense_macs": pruner._dense_macs,
+        "macs": pruner._macs,
+        "value": pruner._value,
+        "cost": None if pruner._cost is None else dataclasses.asdict(pruner._cost),
+    }
+    (scratch / "state.json").write_text(json.dumps(state))
+    shutil.rmtree(directory, ignore_errors=True)
+    scratch.rename(directory)
+
+
+def load_state(pruner: "Pruner", directory: Path) -> None:
+    """Puts a saved state into a fresh pruner; see the module docstring.
+
+    Args:
+        pruner: Fresh, built from the same dense model and config.
+        directory: What ``save_state`` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no state.
+        CheckpointMismatch: If it was saved under another config, version or model.
+    """
+    path = directory / "state.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} holds no state.json; no stage was saved there")
+    state = json.loads(path.read_text())
+    if state["version"] != VERSION:
+        raise CheckpointMismatch(
+            f"{path} has version {state['version']}, but this comp reads version {VERSION}"
+        )
+    own = pruner.config.to_dict()
+    changed = [key for key in own if own[key] != state["config"].get(key)]
+    if changed:
+        raise CheckpointMismatch(
+            f"{path} was saved under another config (differs in {', '.join(changed)}); "
+            "use the same config or another directory"
+        )
+    if pruner.records:
+        raise CheckpointMismatch(f"{path} can only be restored into a fresh pruner")
+    handle = pruner.handle
+    if state["plan"]["dense_units"] != handle.dense_units:
+        raise CheckpointMismatch(f"{path} was saved for a model of other widths")
+    apply_plan_(handle, state["plan"]["kept"])
+    handle.thresholds = {Stream(k): v for k, v in state["plan"]["thresholds"].items()}
+    tensors = load_file(directory / "tensors.safetensors", device=str(pruner.device))
+    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    missing, unexpected = pruner.model.load_state_dict(weights, strict=False)
+    tied = set(getattr(pruner.model, "all_tied_weights_keys", {}) or {})
+    if unexpected or set(missing) - tied:
+        raise CheckpointMismatch(f"{directory} does not fit the model: {missing} {unexpected}")
+    handle.masks = {
+        k.removeprefix("mask."): v for k, v in tensors.items() if k.startswith("mask.")
+    }
+    pruner.optimizer = _restored_optimizer(pruner, tensors)
+    pruner.strategy.restore(state["strategy"])
+    pruner.records = [record_from_dict(values) for values in state["records"]]
+    pruner._step = state["step"]
+    pruner._dense_macs = state["dense_macs"]
+    pruner._macs = state["macs"]
+    pruner._value = state["value"]
+    pruner._cost = None if state["cost"] is None else Measurement(**state["cost"])
+
+
+def _restored_optimizer(pruner: "Pruner", tensors: dict[str, Tensor]) -> torch.optim.AdamW:
+    from comp.finetune import make_optimizer
+
+    optimizer = make_optimizer(pruner.model, pruner.config)
+    for name, parameter in pruner.model.named_parameters():
+        entry = {
+            key: tensors[f"optimizer.{key}.{name}"]
+            for key in ("step", "exp_avg", "exp_avg_sq")
+            if f"optimizer.{key}.{name}" in tensors
+        }
+        if entry:
+            entry["step"] = entry["step"].cpu()
+            optimizer.state[parameter] = entry
+    return optimizer
+
+
+def record_to_dict(record: StageRecord | CurvePoint) -> dict[str, Any]:
+    """Returns a record as JSON values with its kind."""
+    kind = "stage" if isinstance(record, StageRecord) else "point"
+    values = record.to_dict()
+    if kind == "stage" and not math.isfinite(values["threshold"]):
+        values["threshold"] = None
+    return {"kind": kind, **values}
+
+
+def record_from_dict(values: dict[str, Any]) -> StageRecord | CurvePoint:
+    """The inverse of ``record_to_dict``."""
+    values = dict(values)
+    kind = values.pop("kind")
+    if kind == "stage":
+        if values["threshold"] is None:
+            values["threshold"] = -math.inf
+        return StageRecord.from_dict(values)
+    return CurvePoint.from_dict(values)
