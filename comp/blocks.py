@@ -107,7 +107,8 @@ class AttentionSite:
         )
 
     def _heads(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        heads: Tensor = rows.unflatten(-1, (-1, self.head_dim))
+        return heads.transpose(1, 2)
 
 
 @dataclass(frozen=True)

@@ -182,11 +182,13 @@ def handle_of(model: nn.Module) -> PruningHandle:
     return handle
 
 
-def swap_forward(handle: PruningHandle, module: nn.Module, forward: Any) -> None:
+def swap_forward(
+    handle: PruningHandle, module: nn.Module, forward: Any, *, name: str = "forward"
+) -> None:
     """Puts ``forward(module, ...)`` on one instance; ``restore_forwards`` takes it off again."""
     module.__dict__["pruning"] = handle
-    module.__dict__["forward"] = forward.__get__(module)
-    handle.originals.append((module, "forward"))
+    module.__dict__[name] = forward.__get__(module)
+    handle.originals.append((module, name))
 
 
 def restore_forwards(handle: PruningHandle) -> None:

@@ -6,7 +6,13 @@ from typing import Any, Literal, Protocol
 from torch import nn
 
 from comp.config import Method
-from comp.handle import PruningHandle, Structure, handle_of, restore_forwards
+from comp.handle import (
+    PruningHandle,
+    Structure,
+    handle_of,
+    restore_forwards,
+    swap_forward,
+)
 from comp.modes import Stream
 
 
@@ -68,7 +74,7 @@ def attach_with(
         handle = existing
     else:
         handle = PruningHandle(model, adapter.structure(model))
-        model.__dict__["pruning"] = handle
+        swap_forward(handle, model, _save_pretrained, name="save_pretrained")
         adapter.swap_forwards(handle)
     if switches is not None:
         handle.switches = switches
@@ -92,4 +98,10 @@ def detach(model: nn.Module) -> None:
             "keep the model attached"
         )
     restore_forwards(handle)
-    del model.__dict__["pruning"]
+
+
+def _save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> None:
+    """Writes what ``comp.load_pruned`` reads; the stock method would lose the structure."""
+    from comp.checkpoint import save_pruned
+
+    save_pruned(self, save_directory, **kwargs)
