@@ -25,6 +25,7 @@ _REMEDIES = {
     errno.EROFS: "choose a directory that can be written",
     errno.EACCES: "choose a directory that can be written",
     errno.EPERM: "choose a directory that can be written",
+    errno.EEXIST: "move the file that stands in the way",
     errno.ENOTDIR: "move the file that stands in the way",
 }
 
@@ -86,8 +87,7 @@ class Storage:
         """
         with self._explained(name):
             if self.local is None:
-                with self._fs.open_output_stream(self._inside(name)) as stream:
-                    stream.write(data)
+                self._put(self._inside(name), data)
                 return
             target = self.local / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +100,15 @@ class Storage:
                 temporary.rename(target)
             finally:
                 temporary.unlink(missing_ok=True)
+
+    def _put(self, path: str, data: bytes) -> None:
+        try:
+            stream = self._fs.open_output_stream(path)
+        except FileNotFoundError:  # object stores need no directories, the others do
+            self._fs.create_dir(path.rpartition("/")[0], recursive=True)
+            stream = self._fs.open_output_stream(path)
+        with stream:
+            stream.write(data)
 
     def write_tree(self, name: str, fill: Callable[[Path], None]) -> None:
         """Replaces a directory by what ``fill`` writes into the path that it is given.
