@@ -42,7 +42,7 @@ from comp.measure import compare_latency
 from comp.models import attach
 from comp.modes import PruningMode, Stream
 from comp.results import CurvePoint, PruningResult, StageRecord
-from comp.shrink import migrate_optimizer_, shrink_
+from comp.shrink import migrate_optimizer_, num_parameters, shrink_
 from comp.strategy import FixedStrategy, MultiModeStrategy, Strategy
 from comp.tasks.base import Task
 
@@ -234,7 +234,7 @@ class Pruner:
             ratio_asked=0.0,
             ratio_reached=0.0,
             gmacs=self._macs / 1e9,
-            params=_num_parameters(self.model),
+            params=num_parameters(self.model, self.handle),
             val=verdict.metric,
             test=test.metric,
             val_before_tuning=verdict.metric,
@@ -492,7 +492,7 @@ class Pruner:
             choice=choice,
             ratio=self.ratio,
             macs=self._macs,
-            params=_num_parameters(self.model),
+            params=num_parameters(self.model, self.handle),
             val=verdict.metric,
             val_loss=verdict.loss,
             train_loss=train_loss,
@@ -558,7 +558,7 @@ class Pruner:
             ratio_asked=ratio,
             ratio_reached=1.0 - tuned.cost.macs / self._dense_macs,
             gmacs=tuned.cost.macs / 1e9,
-            params=_num_parameters(model),
+            params=num_parameters(model, handle),
             val=tuned.validation.metric,
             test=test.metric,
             val_before_tuning=before,
@@ -592,10 +592,6 @@ class Pruner:
         from comp.state import load_state
 
         load_state(self, Path(directory))
-
-
-def _num_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def evaluate_dense(

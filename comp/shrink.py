@@ -78,6 +78,23 @@ def remove_units_(group: UnitGroup, keep: Tensor) -> list[Slice]:
     return _remove_heads_(group, keep)
 
 
+def unit_parameters(group: UnitGroup) -> int:
+    """Parameters that go with one unit: rows of the in-projections, columns of the other."""
+    units = group.num_units
+    inner = sum(p.numel() for ref in group.inputs for p in ref.linear.parameters())
+    return (inner + group.out.linear.weight.numel()) // units
+
+
+def num_parameters(model: nn.Module, handle: PruningHandle) -> int:
+    """Parameters of a model once its masked units are removed."""
+    alive = handle.alive()
+    masked = sum(
+        (handle.groups[name].num_units - alive[name]) * unit_parameters(handle.groups[name])
+        for name in handle.masks
+    )
+    return sum(parameter.numel() for parameter in model.parameters()) - masked
+
+
 def _remove_heads_(site: AttentionSite, keep: Tensor) -> list[Slice]:
     columns = _expand(keep, site.unit_width)
     if len(site.inputs) == 1:
