@@ -95,6 +95,8 @@ class PruningConfig:
         fine_tune_steps: Steps of fine-tuning after the shrink, for every ratio.
         fine_tune_learning_rate: Peak of the cosine; ``None`` means ``learning_rate``.
         val_metric: What a mode's cost is measured in: the task's metric or minus its loss.
+        cost: What a mode's accuracy loss is divided by: the FLOPs it removed (the paper's), or,
+            for people who deploy, parameters or measured milliseconds.
         eval_samples: Validation samples behind every stage's cost (fixed through the run).
         test_samples: Test samples read once per finished ratio; ``None`` means all.
         eval_batch_size: Batch size of evaluations.
@@ -138,6 +140,7 @@ class PruningConfig:
     fine_tune_steps: int = 1000
     fine_tune_learning_rate: float | None = None
     val_metric: Literal["metric", "neg_loss"] = "neg_loss"
+    cost: Literal["macs", "params", "latency"] = "macs"
     eval_samples: int = 1000
     test_samples: int | None = None
     eval_batch_size: int = 64
@@ -230,6 +233,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "mask_site": ("qkv", "context"),
     "merge": ("auto", "summary", "drop"),
     "val_metric": ("metric", "neg_loss"),
+    "cost": ("macs", "params", "latency"),
     "shrink": ("stage", "end"),
     "version": (1,),
 }

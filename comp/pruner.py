@@ -141,6 +141,7 @@ class Pruner:
         self._dense_macs = 0.0
         self._macs = 0.0
         self._value = 0.0
+        self._resource = self._dense_resource = 0.0
         self._cost: Measurement | None = None
 
     def _allowed_modes(self) -> list[PruningMode]:
@@ -222,6 +223,7 @@ class Pruner:
         verdict, self._cost = self._evaluate(self.model, "val")
         self._dense_macs = self._macs = self._cost.macs
         self._value = self._value_of(verdict.metric, verdict.loss)
+        self._resource = self._dense_resource = self._measure_resource()
         if self._given_dense is not None:
             return replace(self._given_dense, seed=self.config.seed)
         test, _ = self._evaluate(self.model, "test")
@@ -477,10 +479,7 @@ class Pruner:
     ) -> StageRecord:
         verdict, self._cost = self._evaluate(self.model, "val")
         value = self._value_of(verdict.metric, verdict.loss)
-        drop = self._macs - self._cost.macs
-        if drop < self.config.min_quantum * self._dense_macs:
-            drop = raised.macs
-        cost = (self._value - value) / (drop / self._dense_macs)
+        cost = (self._value - value) / self._removed_share(raised.macs)
         choice = self.strategy.choice
         self.strategy.record(modes, cost)
         self._value, self._macs = value, self._cost.macs
@@ -504,6 +503,28 @@ class Pruner:
             seconds=time.perf_counter() - begin,
             snapshot=ratio if reached else None,
         )
+
+    def _removed_share(self, predicted_macs: float) -> float:
+        """Share of the dense model's resource that the stage removed (denominator of Eq. 8).
+
+        With FLOPs, drift that ate the drop is replaced by the drop predicted at the raise. With
+        parameters or latency a mode may remove next to nothing; the floor makes it expensive.
+        """
+        assert self._cost is not None
+        if self.config.cost == "macs":
+            drop = self._macs - self._cost.macs
+            if drop < self.config.min_quantum * self._dense_macs:
+                drop = predicted_macs
+            return drop / self._dense_macs
+        before, self._resource = self._resource, self._measure_resource()
+        drop = (before - self._resource) / self._dense_resource
+        return max(drop, self.config.min_quantum, 1e-6)
+
+    def _measure_resource(self) -> float:
+        """Parameters or milliseconds of the current model, whichever the cost counts."""
+        if self.config.cost == "params":
+            return float(num_parameters(self.model, self.handle))
+        return self._latency(self.model)[1] if self.config.cost == "latency" else 0.0
 
     def _advance_fixed_strategy(self) -> None:
         """One-after-the-other schedules turn at 1 - sqrt(1 - p), the symmetric split."""

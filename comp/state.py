@@ -64,6 +64,7 @@ def save_state(pruner: "Pruner", directory: Path) -> None:
         "dense_macs": pruner._dense_macs,
         "macs": pruner._macs,
         "value": pruner._value,
+        "resource": [pruner._resource, pruner._dense_resource],
         "cost": None if pruner._cost is None else dataclasses.asdict(pruner._cost),
     }
     (scratch / "state.json").write_text(json.dumps(state))
@@ -120,6 +121,7 @@ def load_state(pruner: "Pruner", directory: Path) -> None:
     pruner._dense_macs = state["dense_macs"]
     pruner._macs = state["macs"]
     pruner._value = state["value"]
+    pruner._resource, pruner._dense_resource = state["resource"]
     pruner._cost = None if state["cost"] is None else Measurement(**state["cost"])
 
 
