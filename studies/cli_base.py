@@ -103,6 +103,11 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     return FAILURE, f"{name}: {error}; --debug shows where"
 
 
+def example(*lines: str) -> str:
+    """Returns an epilog that shows commands as they are typed."""
+    return "\n".join(["\b", "Example:", *(f"  {line}" for line in lines)])
+
+
 def common(function: Function) -> Function:
     """Adds ``--json`` (as ``as_json``) and ``--debug``, which every command takes."""
     for option in (

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from comp.results import CurvePoint
 from orchestration.executor import Event, Executor, Handle
@@ -33,16 +32,7 @@ class StudyFailed(RuntimeError):
     """A study does not go on: its dense reference failed, or trial after trial does."""
 
 
-class Consumer(Protocol):
-    """Something that watches a study: progress lines, MLflow."""
-
-    def on_submit(self, handle: Handle) -> None:
-        """Called when a job was handed to the executor."""
-        ...
-
-    def on_event(self, event: Event) -> None:
-        """Called for every event of every job, in order."""
-        ...
+Consumer = Callable[[Event], object]  # told of every event of every job, in order
 
 
 @dataclass(frozen=True)
@@ -71,7 +61,7 @@ def run_study(
     Args:
         spec: The checked spec, with absolute places.
         open_executor: Called once the study is this driver's.
-        consumers: Told of every event.
+        consumers: Told of every event: progress lines, MLflow.
         should_stop: See ``Driver``.
         runner: See ``Job.runner``.
 
@@ -178,14 +168,11 @@ class Driver:
         self._queue.extend((running, job) for job in jobs)
 
     def _submit(self, running: _Running | None, job: Job) -> None:
-        handle = self.executor.submit(job)
-        self._live[handle] = running
-        for consumer in self.consumers:
-            consumer.on_submit(handle)
+        self._live[self.executor.submit(job)] = running
 
     def _take(self, event: Event) -> None:
         for consumer in self.consumers:
-            consumer.on_event(event)
+            consumer(event)
         running, body, job = self._live[event.handle], event.body, event.handle.job
         if self._why and not isinstance(body, (JobEnd, Failure)):
             self.executor.cancel(event.handle)  # its current stage is durable now

@@ -50,11 +50,17 @@ class StudyFolder:
         """
         folder = cls(root.resolve(), check_name("study", name))
         if not folder.is_started:
-            known = [path.parent.name for path in folder.root.glob("studies/*/study.json")]
-            have = f"; studies there: {', '.join(sorted(known))}" if known else ""
+            known = [other.name for other in cls.all_under(root)]
+            have = f"; studies there: {', '.join(known)}" if known else ""
             hint = nearest(name, known) or have
             raise SpecError(f"there is no study {name!r} under {root}{hint}")
         return folder
+
+    @classmethod
+    def all_under(cls, root: Path) -> "list[StudyFolder]":
+        """Returns the folders of all studies that were started under a root, by name."""
+        manifests = sorted(root.resolve().glob("studies/*/study.json"))
+        return [cls(root.resolve(), path.parent.name) for path in manifests]
 
     @property
     def path(self) -> Path:

@@ -133,3 +133,43 @@ def resolve_places(spec: AnySpec) -> AnySpec:
     data = None if spec.data is None else str(Path(spec.data).resolve())
     changes = {"model": model, "data": data, "root": str(Path(spec.root).resolve())}
     return spec.model_copy(update=changes)
+
+
+def load_study(source: str, overrides: Sequence[str], root: str | None = None) -> StudySpec:
+    """Reads the spec of a study and checks everything that can be checked before any work.
+
+    Args:
+        source: A YAML file or a preset.
+        overrides: ``"dotted.key=value"`` each.
+        root: Put over the spec's root, if given.
+
+    Raises:
+        SpecError: If anything is wrong.
+        FileNotFoundError: If there is no such file and no such preset.
+    """
+    spec = read_spec(source, [*overrides, *_root(root)])
+    if not isinstance(spec, StudySpec):
+        command = f"comp prune {source}"
+        raise SpecError(f"{source} is of kind {spec.kind!r}; run it with {command!r}")
+    check_places(spec)
+    return resolve_places(spec)
+
+
+def load_prune(source: str, overrides: Sequence[str], root: str | None = None) -> PruneSpec:
+    """Reads the spec of a single run; like ``load_study``.
+
+    Raises:
+        SpecError: If anything is wrong.
+        FileNotFoundError: If there is no such file and no such preset.
+    """
+    spec = read_spec(source, [*overrides, *_root(root)])
+    if not isinstance(spec, PruneSpec):
+        raise SpecError(
+            f"{source} is of kind {spec.kind!r}; run it with 'comp study run {source}'"
+        )
+    check_places(spec)
+    return resolve_places(spec)
+
+
+def _root(root: str | None) -> list[str]:
+    return [] if root is None else [f"root={write_yaml(root)}"]

@@ -23,30 +23,30 @@ class StopSwitch:
 
 
 @contextlib.contextmanager
-def stop_on_signals(say: Callable[[str], None]) -> Iterator[StopSwitch]:
-    """Turns the first SIGINT or SIGTERM into a soft stop for as long as the context lasts.
+def stop_on_signals(switch: StopSwitch, say: Callable[[str], None]) -> Iterator[None]:
+    """Lets the first SIGINT or SIGTERM press a switch for as long as the context lasts.
 
     The second one raises ``KeyboardInterrupt``. Outside the main thread, where Python takes no
-    signals, the switch is only pressed by hand.
+    signals, nothing happens. Enter it after Ray was started, which takes SIGTERM for itself.
 
     Args:
+        switch: What is pressed.
         say: Told one sentence at the first signal.
     """
-    switch = StopSwitch()
     if threading.current_thread() is not threading.main_thread():
-        yield switch
+        yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
         if switch.is_pressed():
             raise KeyboardInterrupt
         switch.press()
-        say("stopping: finished stages are kept, the same command goes on; once more to end now")
+        say("stopping after the stages under way; once more to end now (nothing finished is lost)")
 
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, stop) for number in signals}
     try:
-        yield switch
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

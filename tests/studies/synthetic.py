@@ -158,22 +158,9 @@ class SlotsExecutor:
         self.close()
 
 
-class Listener:
-    """Keeps every event that a driver passed on."""
-
-    def __init__(self) -> None:
-        self.submitted: list[str] = []
-        self.events: list[Event] = []
-
-    def on_submit(self, handle: Handle) -> None:
-        self.submitted.append(handle.job.run_id)
-
-    def on_event(self, event: Event) -> None:
-        self.events.append(event)
-
-    def records(self, run_id: str) -> list[Record]:
-        mine = [event for event in self.events if event.handle.job.run_id == run_id]
-        return [event.body for event in mine if isinstance(event.body, Record)]
+def records_of(run_id: str, events: list[Event]) -> list[Record]:
+    mine = [event for event in events if event.handle.job.run_id == run_id]
+    return [event.body for event in mine if isinstance(event.body, Record)]
 
 
 STUDY: dict[str, Any] = {

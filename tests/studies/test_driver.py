@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from comp.config import PruningConfig
+from orchestration.executor import Event
 from orchestration.job import Failure
 from orchestration.lock import LockHeld, hold_directory
 from orchestration.store import read_run
@@ -16,10 +17,10 @@ from studies.study import StudySummary, summarize
 from tests.studies.synthetic import (
     DENSE_VAL,
     RUNNER,
-    Listener,
     SlotsExecutor,
     lost_points,
     make_spec,
+    records_of,
 )
 
 
@@ -111,10 +112,9 @@ def test_every_ratio_is_reported_as_an_intermediate_value(tmp_path: Path) -> Non
 
 
 def test_consumers_see_every_record_once_and_in_order(tmp_path: Path) -> None:
-    listener = Listener()
-    run(make_spec(tmp_path), consumers=[listener])
-    assert listener.submitted[0] == "s-dense"
-    assert [record.index for record in listener.records("s-0002")] == [0, 1, 2, 3, 4]
+    events: list[Event] = []
+    run(make_spec(tmp_path), consumers=[events.append])
+    assert [record.index for record in records_of("s-0002", events)] == [0, 1, 2, 3, 4]
 
 
 def test_a_finished_study_asks_for_nothing_more(tmp_path: Path) -> None:
@@ -166,10 +166,10 @@ def test_a_soft_stop_leaves_trials_running_and_the_same_command_goes_on(tmp_path
 def test_a_soft_stop_waits_for_the_record_under_way(tmp_path: Path) -> None:
     spec = make_spec(tmp_path)
     polls: list[int] = []
-    listener = Listener()
+    events: list[Event] = []
     executor = SlotsExecutor(2, before_poll=polls.append)
-    run(spec, executor, consumers=[listener], should_stop=lambda: len(polls) >= 4)
-    ends = [event.body for event in listener.events if isinstance(event.body, Failure)]
+    run(spec, executor, consumers=[events.append], should_stop=lambda: len(polls) >= 4)
+    ends = [event.body for event in events if isinstance(event.body, Failure)]
     assert [end.kind for end in ends] == ["cancelled", "cancelled"]
     assert len(read_run(tmp_path / "runs" / "s-0000").records) == 3
 
@@ -215,7 +215,7 @@ def test_three_failures_in_a_row_stop_the_study(tmp_path: Path) -> None:
 
 def test_a_failed_dense_reference_stops_the_study_before_any_trial(tmp_path: Path) -> None:
     spec = make_spec(tmp_path)
-    with pytest.raises(StudyFailed, match="dense reference s-dense failed: no module named"):
+    with pytest.raises(StudyFailed, match="dense reference s-dense failed: No module named"):
         run_study(spec, lambda: SlotsExecutor(2), runner="nowhere:run")
     assert "complete" not in summary_of(spec).counts
 

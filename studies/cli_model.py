@@ -1,0 +1,260 @@
+"""``comp train``, ``evaluate``, ``measure`` and ``models``: one model at a time."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from studies.cli_base import answer, common, example, mistakes, say
+
+if TYPE_CHECKING:
+    from comp.models import LoadedModel
+    from comp.tasks.base import Task
+
+data_option = click.option(
+    "--data", type=click.Path(path_type=Path), help="A data set; the embedded one by default."
+)
+task_option = click.option("--task", help="A task; what the model was made for by default.")
+device_option = click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...")
+ratio_option = click.option(
+    "--ratio", type=float, help="Which of a run's models; the most pruned one by default."
+)
+
+
+@click.command(epilog=example("comp models"))
+@common
+def models(as_json: bool) -> None:
+    """List the models that ship with their weights."""
+    import json
+
+    from comp.models.presets import MODEL_PRESETS, preset_directory
+
+    found: dict[str, dict[str, Any]] = {}
+    for name, preset in MODEL_PRESETS.items():
+        card = preset_directory(name) / "card.json"
+        known = json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
+        found[name] = {"task": preset.task, "description": preset.description, "card": known}
+    lines = [
+        f"{name:16} {entry['description']}; {_accuracy_text(entry['card'])}"
+        for name, entry in found.items()
+    ]
+    answer(as_json, {"models": found}, "\n".join(lines))
+
+
+def _accuracy_text(card: dict[str, Any]) -> str:
+    if "accuracy" not in card:
+        return "no card"
+    measured = ", ".join(f"{split} {value:.2f}" for split, value in card["accuracy"].items())
+    return f"{card['parameters'] / 1e6:.2f} M parameters, {measured}"
+
+
+@click.command(epilog=example("comp train blip-tiny-vqa --output models/my-vqa"))
+@click.argument("recipe")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the model goes; models/RECIPE by default.",
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Override the recipe's steps.")
+@click.option("--seed", type=click.IntRange(min=0), help="Override the recipe's seed.")
+@click.option("--init", help="The model that the recipe starts from, if not the one it names.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all by default.")
+@device_option
+@common
+def train(
+    recipe: str,
+    output: Path | None,
+    steps: int | None,
+    seed: int | None,
+    init: str | None,
+    threads: int | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Train one of the dense models again, by its recipe."""
+    import dataclasses
+
+    import torch
+
+    from comp.evaluation import resolve_device
+    from comp.models.presets import MODEL_PRESETS, preset_directory
+    from comp.train import recipe_of, train_dense
+
+    with mistakes():
+        plan = recipe_of(recipe)
+        resolve_device(device)
+        start = init or plan.init
+        source = preset_directory(start) if start in MODEL_PRESETS else Path(start or ".")
+        if start and not (source / "config.json").is_file():
+            raise ValueError(f"there is no model to start from at {source}; train {start} first")
+    plan = dataclasses.replace(
+        plan,
+        steps=plan.steps if steps is None else steps,
+        seed=plan.seed if seed is None else seed,
+    )
+    if threads:
+        torch.set_num_threads(threads)
+    target = output or Path("models") / recipe
+
+    def on_step(step: int, loss: float) -> None:
+        if step % 100 == 0 or step == plan.steps - 1:
+            say(f"step {step + 1}/{plan.steps}, loss {loss:.4f}")
+
+    card = train_dense(
+        plan, target, init=source if start else None, device=device, on_step=on_step
+    )
+    answer(as_json, {"model": str(target), **card}, f"{target}: {_accuracy_text(card)}")
+
+
+@click.command(
+    epilog=example(
+        "comp evaluate blip-tiny-vqa --split test",
+        "comp evaluate comp-runs/runs/demo-vqa-0000 --ratio 0.7",
+    )
+)
+@click.argument("model")
+@click.option("--split", default="test", show_default=True, help="train, val or test.")
+@click.option("--samples", type=click.IntRange(min=1), help="The first so many; all by default.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@ratio_option
+@task_option
+@data_option
+@device_option
+@common
+def evaluate(
+    model: str,
+    split: str,
+    samples: int | None,
+    batch_size: int,
+    ratio: float | None,
+    task: str | None,
+    data: Path | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure a model's accuracy, FLOPs and parameters: a preset, a directory or a run."""
+    from comp.evaluation import evaluate as run_evaluation
+    from comp.evaluation import resolve_device
+    from comp.models import attach
+
+    with mistakes():
+        loaded, built = _load(model, ratio, task, data)
+        target = resolve_device(device)
+        if not hasattr(loaded.model, "pruning"):
+            attach(loaded.model)
+        next(iter(built.batches(split, batch_size=1, num_samples=1)))
+    result, cost = run_evaluation(
+        loaded.model.to(target),
+        built,
+        split,
+        batch_size=batch_size,
+        num_samples=samples,
+        device=target,
+    )
+    params = sum(p.numel() for p in loaded.model.parameters())
+    values = {
+        "model": str(model),
+        "task": built.name,
+        "split": split,
+        "metric": built.metric_name,
+        "value": result.metric,
+        "loss": result.loss,
+        "num_samples": result.num_samples,
+        "gmacs": cost.macs / 1e9,
+        "params": params,
+    }
+    text = (
+        f"{built.metric_name} {result.metric:.2f} on {result.num_samples} {split} samples of "
+        f"{built.name}, loss {result.loss:.4f}, {cost.macs / 1e9:.4g} GFLOPs (multiply-add = 1), "
+        f"{params / 1e6:.3f} M parameters"
+    )
+    answer(as_json, values, text)
+
+
+@click.command(
+    epilog=example("comp measure comp-runs/runs/demo-vqa-0000 --batch-size 1 --threads 1")
+)
+@click.argument("model")
+@click.option("--dense", help="What to compare with; the model it was pruned from by default.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all by default.")
+@ratio_option
+@task_option
+@data_option
+@device_option
+@common
+def measure(
+    model: str,
+    dense: str | None,
+    batch_size: int,
+    repeats: int,
+    threads: int | None,
+    ratio: float | None,
+    task: str | None,
+    data: Path | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure a pruned model's latency beside the dense one, in turn in one process."""
+    import dataclasses
+
+    import torch
+
+    from comp.evaluation import resolve_device, to_device
+    from comp.measure import compare_latency
+    from comp.models import load_model
+
+    if threads:
+        torch.set_num_threads(threads)
+    with mistakes():
+        loaded, built = _load(model, ratio, task, data)
+        reference = dense or loaded.card.get("model")
+        if not reference:
+            raise ValueError(f"{model} does not say what it was pruned from; name it with --dense")
+        original = load_model(reference)
+        target = resolve_device(device)
+    batch = to_device(next(iter(built.batches("val", batch_size=batch_size))), target)
+    found = compare_latency(
+        original.model.to(target), loaded.model.to(target), built, batch, repeats=repeats
+    )
+    answer(as_json, {"model": str(model), **dataclasses.asdict(found)}, str(found))
+
+
+def _load(
+    model: str, ratio: float | None, task: str | None, data: Path | None
+) -> "tuple[LoadedModel, Task]":
+    """Loads a model and the task it is for.
+
+    Raises:
+        ValueError: If one is unknown, or the model does not say its task.
+    """
+    from comp.models import load_model
+    from comp.tasks import build_task
+
+    loaded = load_model(find_model(model, ratio))
+    name = task or loaded.task
+    if not name:
+        raise ValueError(f"{model} does not say its task; name it with --task")
+    built = build_task(name, tokenizer=loaded.tokenizer, image_size=loaded.image_size, data=data)
+    return loaded, built
+
+
+def find_model(source: str, ratio: float | None) -> str:
+    """Returns the model directory that a preset name, a directory or a run stands for.
+
+    Raises:
+        ValueError: If a run has no model of that ratio.
+    """
+    saved = sorted((Path(source) / "model").glob("ratio-*"))
+    if not saved:
+        if ratio is not None:
+            raise ValueError(f"--ratio chooses among the models of a run, but {source} is no run")
+        return source
+    if ratio is None:
+        return str(saved[-1])
+    wanted = Path(source) / "model" / f"ratio-{round(1000 * ratio):03d}"
+    if wanted not in saved:
+        have = ", ".join(f"{int(path.name.removeprefix('ratio-')) / 1000:g}" for path in saved)
+        raise ValueError(f"{source} has models of ratios {have}, but not of {ratio:g}")
+    return str(wanted)

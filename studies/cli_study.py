@@ -1,0 +1,193 @@
+"""``comp study``: run, continue and look at what was run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from studies.cli_base import (
+    Interrupted,
+    answer,
+    common,
+    example,
+    mistakes,
+    root_option,
+    say,
+    with_spec,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from studies.folder import StudyFolder
+    from studies.report import StudyReport
+    from studies.spec import StudySpec
+
+DEFAULT_ROOT = "comp-runs"
+GO_ON = "the same command goes on"
+inline_option = click.option(
+    "--inline", is_flag=True, help="One trial after the other in this process, without Ray."
+)
+
+
+@click.group(epilog=example("comp study run demo-vqa --set n_trials=12"))
+def study() -> None:
+    """Search settings with Optuna on a pool of Ray workers."""
+
+
+@study.command(epilog=example("comp study run demo-vqa --root comp-runs --set n_trials=12"))
+@click.argument("spec")
+@inline_option
+@with_spec
+@common
+def run(
+    spec: str, inline: bool, overrides: tuple[str, ...], root: str | None, as_json: bool
+) -> None:
+    """Run the study of SPEC, a YAML file or a preset; the same command continues it."""
+    from studies.specfile import load_study
+
+    with mistakes():
+        checked = load_study(spec, overrides, root)
+    conduct(checked, inline=inline, as_json=as_json)
+
+
+@study.command(epilog=example("comp study resume demo-vqa --set n_trials=20"))
+@click.argument("name")
+@inline_option
+@with_spec
+@common
+def resume(
+    name: str, inline: bool, overrides: tuple[str, ...], root: str | None, as_json: bool
+) -> None:
+    """Go on with a study that was started under the root."""
+    from studies.specfile import load_study
+
+    with mistakes():
+        folder = find_folder(name, root)
+        checked = load_study(str(folder.path / "spec.yaml"), overrides, str(folder.root))
+    conduct(checked, inline=inline, as_json=as_json)
+
+
+@study.command(epilog=example("comp study status demo-vqa"))
+@click.argument("name", required=False)
+@root_option
+@common
+def status(name: str | None, root: str | None, as_json: bool) -> None:
+    """Show the trials of a study, or all studies."""
+    from studies.folder import StudyFolder
+    from studies.report import columns, trial_cells, trial_dict
+    from studies.study import summarize
+
+    if name is None:
+        base = Path(root or DEFAULT_ROOT)
+        found = [summarize(folder) for folder in StudyFolder.all_under(base)]
+        lines = [f"{one.name}: {show_counts(one.counts)} of {one.n_trials}" for one in found]
+        values = [{"name": one.name, "counts": one.counts} for one in found]
+        answer(as_json, {"studies": values}, "\n".join(lines) or f"no studies under {base}")
+        return
+    with mistakes():
+        folder = find_folder(name, root)
+    summary = summarize(folder)
+    values = [trial_dict(trial) for trial in summary.trials]
+    head = f"{name}: {show_counts(summary.counts)} of {summary.n_trials} trials"
+    answer(
+        as_json,
+        {"study": name, "counts": summary.counts, "n_trials": summary.n_trials, "trials": values},
+        "\n".join([head, *columns(trial_cells(summary.trials))]),
+    )
+
+
+@study.command(epilog=example("comp study best demo-vqa --json"))
+@click.argument("name")
+@root_option
+@common
+def best(name: str, root: str | None, as_json: bool) -> None:
+    """Show the best trial: its settings, its curve and where its models are."""
+    from studies.report import read_report, trial_dict
+
+    with mistakes():
+        folder = find_folder(name, root)
+    report = read_report(folder)
+    winner = report.summary.best
+    if winner is None:
+        raise click.ClickException(f"study {name!r} has no complete trial yet")
+    directories = [str(folder.runs / run_id) for run_id in winner.runs]
+    values = {**trial_dict(winner), "directories": directories, "table": report.to_dict()["table"]}
+    answer(as_json, values, "\n".join([report.to_text(), "", *directories]))
+
+
+@study.command(epilog=example("comp study sync demo-vqa"))
+@click.argument("name")
+@root_option
+@common
+def sync(name: str, root: str | None, as_json: bool) -> None:
+    """Send to MLflow what it lacks, for example after its server was down."""
+    from studies.session import sync_study
+
+    with mistakes():
+        folder = find_folder(name, root)
+        folder.read_spec()
+    sent, total = sync_study(folder)
+    text = f"{len(sent)} of {total} runs were sent, MLflow had the others"
+    answer(as_json, {"study": name, "sent": sent, "runs": total}, text)
+
+
+def conduct(
+    spec: "StudySpec",
+    *,
+    inline: bool,
+    as_json: bool,
+    next_steps: "Callable[[StudyReport, Path], list[tuple[str, str]]] | None" = None,
+) -> None:
+    """Runs a study unless it is finished, writes its report and prints the result.
+
+    Args:
+        spec: The checked spec.
+        inline: Without Ray.
+        as_json: See ``answer``.
+        next_steps: Gives headings and commands to print below the result.
+    """
+    from studies.folder import StudyFolder
+    from studies.report import read_report, write_report
+    from studies.session import conduct_study
+    from studies.study import summarize
+
+    folder, why = StudyFolder.of(spec), "finished"
+    if folder.is_started:
+        with mistakes():
+            folder.freeze(spec)
+    if not folder.is_started or not summarize(folder, spec).is_finished:
+        outcome = conduct_study(spec, inline=inline)
+        why, counts = outcome.why, show_counts(outcome.counts)
+        if why == "interrupted":
+            raise Interrupted(f"stopped ({counts} of {spec.n_trials} trials); {GO_ON}")
+        if why == "deadline":
+            say(f"the deadline has passed ({counts} of {spec.n_trials} trials); {GO_ON}")
+    report = read_report(folder)
+    if why == "finished" and report.summary.best is None:
+        reasons = {trial.reason for trial in report.summary.trials if trial.reason}
+        raise click.ClickException(f"no trial has a value: {'; '.join(sorted(reasons))}")
+    written = write_report(folder, report)
+    values = {"why": why, "directory": str(folder.path), "files": [str(path) for path in written]}
+    lines = [report.to_text()]
+    if written:
+        lines += ["", f"plot:   {written[0]}", f"report: {folder.path / 'report.md'}"]
+    for heading, command in next_steps(report, folder.path) if next_steps else []:
+        lines += ["", f"{heading}:", f"  {command}"]
+    answer(as_json, {**report.to_dict(), **values}, "\n".join(lines))
+
+
+def find_folder(name: str, root: str | None) -> "StudyFolder":
+    """Returns the folder of a study that was started under a root.
+
+    Raises:
+        SpecError: If there is none.
+    """
+    from studies.folder import StudyFolder
+
+    return StudyFolder.find(Path(root or DEFAULT_ROOT), name)
+
+
+def show_counts(counts: dict[str, int]) -> str:
+    """Returns trials by state in words."""
+    return ", ".join(f"{count} {state}" for state, count in counts.items()) or "none"

@@ -1,0 +1,192 @@
+"""Puts a spec together with an executor, MLflow, progress lines and Ctrl-C, and runs it."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from orchestration.executor import Event, Executor, InlineExecutor, Resources
+from orchestration.job import DEFAULT_RUNNER, Failure, Job, JobEnd, Record
+from orchestration.lock import hold_directory
+from orchestration.progress import Progress
+from orchestration.storage import Storage
+from orchestration.store import list_runs, read_run
+from orchestration.tracking import PLOTS, SCORES, UNSYNCED, MlflowTracker, NullTracker, Tracker
+from studies.curves import area, curve_of
+from studies.driver import Consumer, Outcome, run_study
+from studies.folder import StudyFolder
+from studies.jobs import SINGLE_RUNS, prune_job
+from studies.objectives import objective_value
+from studies.spec import PruneSpec, RunSpec, StudySpec
+from studies.stopping import StopSwitch, stop_on_signals
+
+
+def conduct_study(
+    spec: StudySpec, *, inline: bool = False, runner: str = DEFAULT_RUNNER
+) -> Outcome:
+    """Runs or continues a study with all that a person expects around it.
+
+    Args:
+        spec: The checked spec, with absolute places.
+        inline: Run one trial after the other in this process instead of on Ray.
+        runner: See ``Job.runner``.
+
+    Raises:
+        LockHeld: If another driver has the study.
+        SpecError: If the study was started with another spec.
+        StudyFailed: If the study cannot go on.
+        ClusterError: If there is no Ray to run on.
+    """
+    switch = StopSwitch()
+
+    @contextlib.contextmanager
+    def open_executor() -> Iterator[Executor]:
+        pool = InlineExecutor() if inline else on_ray(spec)
+        with pool as executor, stop_on_signals(switch, progress.print):
+            yield executor
+
+    with showing_progress() as progress, mirroring(spec, spec.name) as mirror:
+        return run_study(
+            spec,
+            open_executor,
+            [progress.update, mirror],
+            should_stop=switch.is_pressed,
+            runner=runner,
+        )
+
+
+def conduct_run(spec: PruneSpec, *, runner: str = DEFAULT_RUNNER) -> JobEnd | Failure:
+    """Runs or continues a single run in this process.
+
+    Raises:
+        LockHeld: If another process has the run.
+    """
+    job, switch = prune_job(spec, runner), StopSwitch()
+    with (
+        hold_directory(Path(job.run_dir), spec.name),
+        showing_progress() as progress,
+        mirroring(spec, SINGLE_RUNS) as mirror,
+        stop_on_signals(switch, progress.print),
+        InlineExecutor() as executor,
+    ):
+        handle = executor.submit(job)
+        for event in executor.events():
+            progress.update(event)
+            mirror(event)
+            if switch.is_pressed():
+                executor.cancel(handle)
+            if isinstance(event.body, (JobEnd, Failure)):
+                return event.body
+    raise RuntimeError(f"run {job.run_id} ended without a last word")
+
+
+@contextlib.contextmanager
+def on_ray(spec: StudySpec) -> Iterator[Executor]:
+    """Opens a pool on the cluster that ``RAY_ADDRESS`` names, or on a Ray of this process."""
+    from orchestration.cluster import connect
+    from orchestration.ray_executor import RayExecutor
+
+    asked = Resources(cpus=spec.resources.cpus, gpus=spec.resources.gpus)
+    minutes = spec.stage_timeout_minutes
+    with (
+        connect(),
+        RayExecutor(
+            spec.parallel, asked, stage_timeout=60 * minutes if minutes else None
+        ) as executor,
+    ):
+        yield executor
+
+
+@contextlib.contextmanager
+def showing_progress() -> Iterator[Progress]:
+    """Gives progress lines on standard error and erases the live ones at the end."""
+    progress = Progress()
+    try:
+        yield progress
+    finally:
+        progress.close()
+
+
+@contextlib.contextmanager
+def mirroring(spec: RunSpec, experiment: str) -> Iterator[Consumer]:
+    """Gives a consumer that keeps MLflow up to date, and sends the rest at the end."""
+    tracker = open_tracker(spec, experiment)
+
+    def mirror(event: Event) -> None:
+        if isinstance(event.body, JobEnd) and event.handle.job.kind == "prune":
+            add_scores(event.handle.job, spec)
+        if isinstance(event.body, (Record, JobEnd, Failure)):
+            tracker.touch(event.handle.job.run_dir)
+
+    try:
+        yield mirror
+    finally:
+        tracker.close()
+
+
+def open_tracker(spec: RunSpec, experiment: str) -> Tracker:
+    """Opens the tracker that a spec asks for.
+
+    Raises:
+        ValueError: If MLflow could not keep runs at its address.
+    """
+    if not spec.tracking.enabled:
+        return NullTracker()
+    return MlflowTracker(tracking_uri(spec), experiment)
+
+
+def tracking_uri(spec: RunSpec) -> str:
+    """Returns the spec's MLflow address, else the environment's, else a file under the root."""
+    own = f"sqlite:///{Path(spec.root).resolve() / 'mlflow.db'}"
+    return spec.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or own
+
+
+def add_scores(job: Job, spec: RunSpec) -> None:
+    """Puts what only the whole curve tells beside a finished run: scores and a plot."""
+    from studies.plots import plot_runs
+
+    curve = curve_of(read_run(job.run_dir))
+    if curve is None:
+        return
+    scores = {"curve_area": area(curve, curve.ratios[0], curve.ratios[-1])}
+    if isinstance(spec, StudySpec):
+        with contextlib.suppress(ValueError):  # the trial fails and says so
+            scores["objective"] = objective_value(spec.objective, curve)
+    storage = Storage(job.run_dir)
+    storage.write(SCORES, (json.dumps(scores) + "\n").encode())
+
+    def draw(target: Path) -> None:
+        target.mkdir(parents=True)
+        plot_runs([curve], target / "curve", title=f"{job.run_id}: {job.model} on {job.task}")
+
+    storage.write_tree(PLOTS, draw)
+
+
+def sync_study(folder: StudyFolder) -> tuple[list[str], int]:
+    """Sends what MLflow lacks of a study's runs, now.
+
+    Returns:
+        The run ids that were sent, and the number of runs that the study has.
+
+    Raises:
+        TrackingError: If MLflow does not take it.
+        ValueError: If its address is wrong, or the study does not use MLflow.
+    """
+    spec = folder.read_spec()
+    if not spec.tracking.enabled:
+        raise ValueError(f"study {spec.name!r} has tracking.enabled: false, so nothing is sent")
+    tracker = MlflowTracker(tracking_uri(spec), spec.name)
+    mine = runs_of(folder)
+    sent = []
+    for location in mine:
+        if (Path(location) / UNSYNCED).exists():
+            tracker.sync(location)
+            sent.append(Path(location).name)
+    return sent, len(mine)
+
+
+def runs_of(folder: StudyFolder) -> Sequence[str]:
+    """Returns the locations of a study's runs, the dense reference included."""
+    locations = list_runs(folder.runs)
+    return [path for path in locations if read_run(path).job.study == folder.name]
