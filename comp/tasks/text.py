@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from tokenizers import Regex, Tokenizer
@@ -13,6 +13,9 @@ from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from comp.data.openmoji import Drawing
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]")
 _MARKS = r"[?,.:;!()/&']"
@@ -84,10 +87,11 @@ def tokenizer_from_texts(
     return tokenizer
 
 
-def build_tokenizer(*, seed: int = 0) -> Any:
+def build_tokenizer(*, drawings: "Sequence[Drawing] | None" = None, seed: int = 0) -> Any:
     """Makes the tokenizer of the embedded tasks from their training texts and answers.
 
     Args:
+        drawings: What the texts speak of; ``None`` means the cached OpenMoji.
         seed: Seed of the training texts.
 
     Returns:
@@ -98,7 +102,7 @@ def build_tokenizer(*, seed: int = 0) -> Any:
     from comp.tasks.questions import all_answers, make_questions
     from comp.tasks.statements import make_statements
 
-    drawings = load_openmoji().drawings
+    drawings = load_openmoji().drawings if drawings is None else drawings
     texts = [
         *(one.text for one in make_questions(drawings, "train", num_questions=20_000, seed=seed)),
         *(
