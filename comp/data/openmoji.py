@@ -217,7 +217,9 @@ def load_openmoji(size: int = 64, *, path: Path | None = None) -> OpenMoji:
     """
     path = path or openmoji_path(size)
     if read_metadata(path).get("name") != "openmoji":
-        raise ValueError(f"{path} is not an OpenMoji data set; build it with `comp data`")
+        raise ValueError(
+            f"{path} is not an OpenMoji data set; leave the path out for the embedded one"
+        )
     drawings = []
     pixels = []
     for row in read_rows(path):
