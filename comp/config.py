@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from comp.modes import PruningMode
 
-Schedule = Literal["mps", "cas_re", "cas", "joint", "tokens_first", "params_first"]
+Schedule = Literal["mps", "cas_re", "cas", "lookahead", "joint", "tokens_first", "params_first"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ METHODS: dict[str, Method] = {
     "cim": Method(cip=True, cit=True, schedule="joint"),
     "cas": Method(cip=True, cit=True, schedule="cas"),
     "cas_re": Method(cip=True, cit=True, schedule="cas_re"),
+    "lookahead": Method(cip=True, cit=True, schedule="lookahead"),
     "param": Method(cip=False, cit=False, schedule="joint", tokens=False),
     "token": Method(cip=False, cit=False, schedule="joint", parameters=False),
     "sjp": Method(cip=False, cit=False, schedule="joint"),
@@ -69,6 +70,8 @@ class PruningConfig:
         temperature: Temperature of the exploration softmax over idle time (tau, Eq. 9).
         history: Weight of the old cost one stage later (lambda_0, Eq. 10).
         horizon: Stages after which the old cost is forgotten (I_max, Eq. 10).
+        lookahead_steps: Training steps of every trial of the ``lookahead`` schedule, which is not
+            the paper's: it tries all live modes from one snapshot and keeps the cheapest.
         stage_quantum: Share of the dense FLOPs that a stage removes; ``None`` means the largest
             ratio divided by ``num_stages``.
         quantum_cap: Largest share of a mode's own FLOPs that one stage may remove (kappa).
@@ -117,6 +120,7 @@ class PruningConfig:
     temperature: float = 5.0
     history: float = 0.4
     horizon: int = 5
+    lookahead_steps: int = 10
     stage_quantum: float | None = None
     quantum_cap: float = 0.15
     min_quantum: float = 0.001
@@ -229,7 +233,16 @@ class PruningConfig:
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "schedule": (None, "mps", "cas_re", "cas", "joint", "tokens_first", "params_first"),
+    "schedule": (
+        None,
+        "mps",
+        "cas_re",
+        "cas",
+        "lookahead",
+        "joint",
+        "tokens_first",
+        "params_first",
+    ),
     "mask_site": ("qkv", "context"),
     "merge": ("auto", "summary", "drop"),
     "val_metric": ("metric", "neg_loss"),
@@ -245,6 +258,7 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("temperature", 1e-6, 1e6),
     ("history", 0.0, 1.0),
     ("horizon", 1, 10_000),
+    ("lookahead_steps", 1, 1_000_000),
     ("stage_quantum", 1e-6, 1.0),
     ("quantum_cap", 1e-6, 1.0),
     ("min_quantum", 0.0, 0.1),

@@ -43,7 +43,7 @@ from comp.models import attach
 from comp.modes import PruningMode, Stream
 from comp.results import CurvePoint, PruningResult, StageRecord
 from comp.shrink import migrate_optimizer_, num_parameters, shrink_
-from comp.strategy import FixedStrategy, MultiModeStrategy, Strategy
+from comp.strategy import FixedStrategy, LookaheadStrategy, MultiModeStrategy, Strategy
 from comp.tasks.base import Task
 
 MAX_PROBES = 12
@@ -68,6 +68,8 @@ def make_strategy(config: PruningConfig, modes: list[PruningMode]) -> Strategy:
             horizon=config.horizon,
             seed=config.seed,
         )
+    if schedule == "lookahead":
+        return LookaheadStrategy(names)
     tokens = [mode.value for mode in modes if mode.is_tokens]
     parameters = [mode.value for mode in modes if not mode.is_tokens]
     groups = [parameters, tokens] if schedule == "params_first" else [tokens, parameters]
@@ -284,7 +286,7 @@ class Pruner:
         begin = time.perf_counter()
         modes, raised = self._choose_and_raise(ratio)
         self.handle.thresholds.update(raised.thresholds)
-        train_loss = self._train(raised.choice)
+        train_loss = self._train(raised.choice, self.config.steps_per_stage)
         if self.config.shrink == "stage":
             migrate_optimizer_(self.optimizer, shrink_(self.handle))
         return self._measure_stage(ratio, modes, raised, train_loss, begin)
@@ -292,6 +294,9 @@ class Pruner:
     def _choose_and_raise(self, ratio: float) -> tuple[str, _Raise]:
         gap = self._macs - self._target_macs(ratio)
         refused: set[str] = set()
+        if isinstance(self.strategy, LookaheadStrategy):
+            costs = {mode: self.lookahead(PruningMode(mode), gap) for mode in self.strategy.live}
+            self.strategy.offer({m: cost for m, cost in costs.items() if cost is not None})
         while True:
             try:
                 name = self.strategy.choose(refused)
@@ -443,10 +448,38 @@ class Pruner:
         ):
             yield to_device(batch, self.device)
 
-    def _train(self, choice: UnitChoice) -> float:
+    def lookahead(self, mode: PruningMode, gap: float) -> float | None:
+        """Tries one mode on a copy of the current state and returns its cost r.
+
+        Trials are independent of each other and leave this pruner as it is, so that they may run
+        side by side.
+
+        Args:
+            mode: The mode to try.
+            gap: Multiply-adds left to the target.
+
+        Returns:
+            Accuracy lost per share of dense FLOPs removed, or ``None`` if the mode has nothing
+            to give.
+        """
+        trial = self.fork()
+        raised = trial._raise([mode], gap, coarse=True)
+        if raised is None:
+            return None
+        trial.handle.thresholds.update(raised.thresholds)
+        trial._train(raised.choice, self.config.lookahead_steps)
+        verdict, trial._cost = trial._evaluate(trial.model, "val")
+        value = trial._value_of(verdict.metric, verdict.loss)
+        return (self._value - value) / trial._removed_share(raised.macs)
+
+    def fork(self) -> "Pruner":
+        """Returns an independent copy that shares only the task and the dense model."""
+        shared = (self.task, self._dense_model, self.config)
+        return copy.deepcopy(self, {id(value): value for value in shared})
+
+    def _train(self, choice: UnitChoice, steps: int) -> float:
         """Trains for one stage while the chosen units fade; returns the mean loss."""
         stage = len(self.stages) + 1
-        steps = self.config.steps_per_stage
         decay = max(1, round(self.config.decay_share * steps))
         batches = self.task.train_batches(
             batch_size=self.config.batch_size, seed=self.config.seed, start=self._step

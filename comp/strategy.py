@@ -346,3 +346,78 @@ class FixedStrategy:
         self._groups = [list(group) for group in state["groups"]]
         self._position = state["position"]
         self.stage = state["stage"]
+
+
+class LookaheadStrategy:
+    """Takes the mode whose trial from the current snapshot cost least. Not the paper's.
+
+    The loop tries every live mode and calls ``offer`` before it chooses, so no cost is ever
+    stale and none is confounded with the recovery from an earlier stage.
+
+    Args:
+        modes: The modes to choose from, in the order that breaks ties.
+
+    Raises:
+        ValueError: If ``modes`` is empty.
+    """
+
+    def __init__(self, modes: Sequence[str]) -> None:
+        if not modes:
+            raise ValueError("modes must name at least one mode, but got none")
+        self._live = list(modes)
+        self._costs: dict[str, float] = {}
+        self._open: str | None = None
+        self.stage = 0
+        self.choice: Choice = "greedy"
+
+    @property
+    def live(self) -> list[str]:
+        """The modes that are not exhausted."""
+        return list(self._live)
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """The costs of the latest trials."""
+        return dict(self._costs)
+
+    def offer(self, costs: Mapping[str, float]) -> None:
+        """Takes the costs of this stage's trials; a mode without one is not chosen."""
+        self._costs = dict(costs)
+
+    def choose(self, exclude: Collection[str] = ()) -> str:
+        """Opens the next stage and returns the cheapest mode.
+
+        Raises:
+            RuntimeError: If no mode with a trial is left.
+        """
+        candidates = [m for m in self._live if m not in exclude and m in self._costs]
+        if not candidates:
+            raise RuntimeError("every mode is exhausted; there is nothing left to choose")
+        self.stage += 1
+        self._open = min(candidates, key=self._costs.__getitem__)
+        return self._open
+
+    def withdraw(self) -> None:
+        """Takes the open stage back, as if it had not been chosen."""
+        self._open = None
+        self.stage -= 1
+
+    def record(self, mode: str, cost: float) -> None:
+        """Closes the stage; the next one is decided by new trials."""
+        self._open = None
+
+    def exhaust(self, mode: str) -> None:
+        """Retires a mode; if its stage is open, the stage is taken back."""
+        if mode in self._live:
+            self._live.remove(mode)
+        if mode == self._open:
+            self.withdraw()
+
+    def state(self) -> dict[str, Any]:
+        """Returns the whole state as JSON values; ``restore`` is the inverse."""
+        return {"live": self._live, "stage": self.stage}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from ``state``'s output."""
+        self._live = list(state["live"])
+        self.stage = state["stage"]

@@ -7,20 +7,19 @@ duplicated for the two images, as BLIP does with its one-stream checkpoints.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import BlipConfig, BlipForQuestionAnswering, PreTrainedTokenizerFast
 
-from comp.checkpoint import load_pruned, save_pruned
+from comp.checkpoint import save_pruned
 from comp.config import PruningConfig, nearest
 from comp.evaluation import evaluate, resolve_device
 from comp.finetune import train_step
 from comp.models import attach, detach
-from comp.models.blip_nlvr import BlipForNLVR
+from comp.models.blip_build import BlipShape, build_blip
 from comp.tasks import build_task, build_tokenizer
 from comp.tasks.base import Task
 
@@ -38,12 +37,7 @@ class Recipe:
         weight_decay: AdamW weight decay.
         init: Preset whose weights to start from, if any.
         seed: Seed of weights, data order and dropout.
-        width: Hidden width of both towers.
-        heads: Attention heads of both towers.
-        vision_layers: Layers of the vision tower.
-        text_layers: Layers of the text encoder (and decoder).
-        image_size: Image side in pixels.
-        patch_size: Patch side in pixels.
+        shape: Sizes of the model.
     """
 
     task: str
@@ -54,12 +48,7 @@ class Recipe:
     weight_decay: float = 0.05
     init: str | None = None
     seed: int = 0
-    width: int = 96
-    heads: int = 8
-    vision_layers: int = 4
-    text_layers: int = 3
-    image_size: int = 64
-    patch_size: int = 8
+    shape: BlipShape = field(default_factory=BlipShape)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -82,87 +71,6 @@ def recipe_of(name: str) -> Recipe:
             + nearest(name, list(RECIPES))
         )
     return RECIPES[name]
-
-
-def blip_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> BlipConfig:
-    """Returns the model config of a recipe."""
-    shared = {
-        "hidden_size": recipe.width,
-        "intermediate_size": 4 * recipe.width,
-        "num_attention_heads": recipe.heads,
-    }
-    return BlipConfig(
-        text_config={
-            **shared,
-            "encoder_hidden_size": recipe.width,
-            "num_hidden_layers": recipe.text_layers,
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": 64,
-            "projection_dim": 64,
-            "label_smoothing": 0.0,
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.sep_token_id,
-            "sep_token_id": tokenizer.sep_token_id,
-        },
-        vision_config={
-            **shared,
-            "num_hidden_layers": recipe.vision_layers,
-            "image_size": recipe.image_size,
-            "patch_size": recipe.patch_size,
-        },
-        projection_dim=64,
-        image_text_hidden_size=64,
-    )
-
-
-def build_dense(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, init: Path | None) -> Any:
-    """Builds a recipe's model, with fresh weights or from another preset's directory."""
-    torch.manual_seed(recipe.seed)
-    config = blip_config(recipe, tokenizer)
-    if recipe.task == "vqa":
-        return BlipForQuestionAnswering(config)
-    model = BlipForNLVR(config)
-    if init is not None:
-        duplicate_cross_attention_(model, load_pruned(init))
-    return model
-
-
-def duplicate_cross_attention_(model: BlipForNLVR, source: Any) -> BlipForNLVR:
-    """Copies a one-stream BLIP into an NLVR model, in place.
-
-    Args:
-        model: Takes the vision tower, the text encoder, and the cross-attention twice.
-        source: A BLIP model with ``vision_model`` and ``text_encoder`` of the same widths.
-
-    Returns:
-        ``model``. Its merge layers start as the mean of the two images.
-    """
-    model.vision_model.load_state_dict(source.vision_model.state_dict())
-    state = {}
-    for name, tensor in source.text_encoder.state_dict().items():
-        if ".crossattention." not in name:
-            state[name] = tensor
-            continue
-        for twin in ("0", "1"):
-            renamed = name.replace(".crossattention.self.", f".crossattention.self{twin}.")
-            renamed = renamed.replace(
-                ".crossattention.output.dense.", f".crossattention.dense{twin}."
-            ).replace(".crossattention.output.", ".crossattention.")
-            state[renamed] = tensor
-    own = model.text_encoder.state_dict()
-    merges = {name for name in own if ".merge_layer." in name}
-    assert set(own) == set(state) | merges
-    model.text_encoder.load_state_dict(state, strict=False)
-    with torch.no_grad():
-        encoder: Any = model.text_encoder.encoder
-        for layer in encoder.layer:
-            merge = layer.crossattention.merge_layer
-            if merge is not None:
-                width = merge.out_features
-                merge.weight.copy_(torch.eye(width).repeat(1, 2) / 2)
-                merge.bias.zero_()
-    return model
 
 
 def schedule(step: int, recipe: Recipe) -> float:
@@ -203,8 +111,9 @@ def train_dense(
     begin = time.perf_counter()
     target = resolve_device(device)
     tokenizer = build_tokenizer()
-    task = build_task(recipe.task, tokenizer=tokenizer, image_size=recipe.image_size)
-    model: Any = build_dense(recipe, tokenizer, init).to(target)
+    task = build_task(recipe.task, tokenizer=tokenizer, image_size=recipe.shape.image_size)
+    model = build_blip(recipe.task, recipe.shape, tokenizer, seed=recipe.seed, init=init)
+    model.to(target)
     attach(model).stock_when_idle = False
     _fit(model, task, recipe, mixed=mixed, on_step=on_step)
     card = {
