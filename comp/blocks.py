@@ -498,14 +498,19 @@ def gather_state(state: TokenState, selection: Selection) -> TokenState:
 def _gather_bias(bias: Tensor, selection: Selection) -> Tensor:
     """Gathers rows and columns of a mask ``(B or 1, 1, N, N)``, padding its own keys out.
 
+    A bool mask ``(B or 1, 1, 1, N)`` is the same for every query; it may have a summary token.
+
     Raises:
         ValueError: If a summary token would need a row of its own.
     """
-    if selection.summary_weight is not None:
-        raise ValueError("a causal stream cannot merge tokens; set merge='drop'")
     index = selection.index
     batch, kept = index.shape
     bias = bias.expand(batch, *bias.shape[1:])
+    if bias.shape[2] == 1 and bias.dtype == torch.bool:
+        visible = bias[:, 0, 0].gather(1, index) & selection.valid
+        return torch.cat([visible, selection.all_valid[:, kept:]], dim=1)[:, None, None, :]
+    if selection.summary_weight is not None:
+        raise ValueError("a causal stream cannot merge tokens; set merge='drop'")
     rows = index[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3])
     bias = bias.gather(2, rows)
     bias = bias.gather(3, index[:, None, None, :].expand(-1, bias.shape[1], kept, -1))
