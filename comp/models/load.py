@@ -12,9 +12,7 @@ from comp.handle import PruningHandle
 from comp.models.base import Adapter, LoadedModel, attach_with
 from comp.models.blip import BlipAdapter
 from comp.models.clip import ClipAdapter
-from comp.models.clip import ClipAdapter
 from comp.models.presets import MODEL_PRESETS, preset_directory
-from comp.models.siglip import SiglipAdapter
 from comp.models.siglip import SiglipAdapter
 from comp.modes import Stream
 
