@@ -292,36 +292,33 @@ class Pruner:
         return self._measure_stage(ratio, modes, raised, train_loss, begin)
 
     def _choose_and_raise(self, ratio: float) -> tuple[str, _Raise]:
+        """Opens a stage; only if no mode can take a step that fits, one that overshoots may."""
         gap = self._macs - self._target_macs(ratio)
-        refused: set[str] = set()
         if isinstance(self.strategy, LookaheadStrategy):
             costs = {mode: self.lookahead(PruningMode(mode), gap) for mode in self.strategy.live}
             self.strategy.offer({m: cost for m, cost in costs.items() if cost is not None})
-        while True:
-            try:
-                name = self.strategy.choose(refused)
-            except RuntimeError as error:
-                if refused and self.strategy.live:
-                    refused.clear()
-                    name = self.strategy.choose()
-                    raised = self._raise(self._split(name), gap, coarse=True)
-                    if raised is not None:
-                        return name, raised
-                raise BudgetUnreachable(
-                    f"ratio {ratio} cannot be reached: every mode is exhausted at "
-                    f"{self.ratio:.4f}; lower the ratio or the minima",
-                    self.ratio,
-                ) from error
-            modes = self._split(name)
-            raised = self._raise(modes, gap, coarse=False)
-            if raised is not None:
-                return name, raised
-            self.strategy.withdraw()
-            for mode in modes:
-                if self._obtainable(mode) < self.config.min_quantum * self._dense_macs:
-                    self.strategy.exhaust(mode.value)
-                else:
-                    refused.add(mode.value)
+        for coarse in (False, True):
+            refused: set[str] = set()
+            while True:
+                try:
+                    name = self.strategy.choose(refused)
+                except RuntimeError:
+                    break
+                modes = self._split(name)
+                raised = self._raise(modes, gap, coarse=coarse)
+                if raised is not None:
+                    return name, raised
+                self.strategy.withdraw()
+                for mode in modes:
+                    if self._obtainable(mode) < self.config.min_quantum * self._dense_macs:
+                        self.strategy.exhaust(mode.value)
+                    else:
+                        refused.add(mode.value)
+        raise BudgetUnreachable(
+            f"ratio {ratio} cannot be reached: every mode is exhausted at {self.ratio:.4f}; "
+            "lower the ratio or the minima",
+            self.ratio,
+        )
 
     @staticmethod
     def _split(name: str) -> list[PruningMode]:
@@ -355,7 +352,7 @@ class Pruner:
             choice = self._pick_units(parameters, share)
             macs += choice.macs
         if tokens:
-            thresholds, drop = self._pick_thresholds(tokens, share)
+            thresholds, drop = self._pick_thresholds(tokens, share, coarse=coarse)
             macs += drop
         last = quantum >= gap
         if macs <= 0 or (macs < smallest and not last):
@@ -402,9 +399,14 @@ class Pruner:
         )
 
     def _pick_thresholds(
-        self, modes: list[PruningMode], quantum: float
+        self, modes: list[PruningMode], quantum: float, *, coarse: bool
     ) -> tuple[dict[Stream, float], float]:
         """Searches one threshold increment for the modes' streams by bisection.
+
+        Args:
+            modes: The token modes.
+            quantum: Multiply-adds to remove.
+            coarse: Prefer a step that overshoots by far to one that drops nothing.
 
         Returns:
             The new thresholds and the measured drop in mean multiply-adds, nearest to
@@ -418,6 +420,8 @@ class Pruner:
             step = (low + high) / 2 if math.isfinite(high) else width
             drop = start - self._probe({stream: theta + step for stream, theta in old.items()})
             miss = max(quantum - drop, drop - 1.1 * quantum, 0.0)
+            if coarse and drop <= 0:
+                miss = math.inf
             if best is None or miss < best[0]:
                 best = (miss, step, drop)
             if miss == 0:

@@ -302,20 +302,19 @@ class FixedStrategy:
         """Opens the next stage and returns all modes that are pruned in it, joined by ``+``.
 
         Args:
-            exclude: Modes that this one stage must not take, if any other is live.
+            exclude: Modes that this one stage must not take.
 
         Raises:
-            RuntimeError: If every mode is exhausted.
+            RuntimeError: If no mode is left to choose.
         """
-        if not self.live:
+        groups = [[mode for mode in group if mode not in exclude] for group in self._groups]
+        if not any(groups):
             raise RuntimeError("every mode is exhausted; there is nothing left to choose")
         self.stage += 1
-        modes = self.live
         if self._sequential:
-            while not self._groups[self._position]:
-                self._position += 1
-            modes = self._groups[self._position]
-        return "+".join([mode for mode in modes if mode not in exclude] or modes)
+            later = groups[self._position :] + groups[: self._position]
+            return "+".join(next(group for group in later if group))
+        return "+".join(mode for group in groups for mode in group)
 
     def withdraw(self) -> None:
         """Takes the open stage back, as if it had not been chosen."""
