@@ -377,7 +377,7 @@ def _self_attention(
     context = _scale_context(handle, site, context)
     if handle.meter is not None and not handle.meter.paused:
         counts = cost.token_counts(state.valid, rows)
-        keys = counts if state.cache is None else torch.full_like(counts, key.shape[2])
+        keys = counts if state.cache is None else _visible_keys(bias, key)
         one = cost.self_attention_macs(counts, keys, rows.shape[-1], site.unit_width)
         handle.meter.add_units(site.name, one)
     if probabilities is None:
@@ -429,6 +429,15 @@ def attend(
     probabilities = torch.softmax(logits.float(), dim=-1)
     weights = F.dropout(probabilities, dropout, training).to(value.dtype)
     return torch.matmul(weights, value).transpose(1, 2).flatten(2), probabilities
+
+
+def _visible_keys(bias: Tensor | None, key: Tensor) -> Tensor:
+    """Keys that the last query attends to, ``(B,)`` int64, of keys ``(B, H, Nk, d)``."""
+    if bias is None:
+        return torch.full((key.shape[0],), key.shape[2], device=key.device)
+    last = bias[:, 0, -1]
+    visible = last if last.dtype == torch.bool else last == 0
+    return visible.sum(dim=1).expand(key.shape[0])
 
 
 def _key_mask(valid: Tensor | None) -> Tensor | None:
