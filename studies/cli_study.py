@@ -118,17 +118,20 @@ def best(name: str, root: str | None, as_json: bool) -> None:
 
 @study.command(epilog=example("comp study sync demo-vqa"))
 @click.argument("name")
+@click.option("--all", "everything", is_flag=True, help="Send every run, not the unsent ones.")
 @root_option
 @common
-def sync(name: str, root: str | None, as_json: bool) -> None:
+def sync(name: str, everything: bool, root: str | None, as_json: bool) -> None:
     """Send to MLflow what it lacks, for example after its server was down."""
     from studies.session import sync_study
 
     with mistakes():
         folder = find_folder(name, root)
-        folder.read_spec()
-    sent, total = sync_study(folder)
-    text = f"{len(sent)} of {total} runs were sent, MLflow had the others"
+        is_tracked = folder.read_spec().tracking.enabled
+        if not is_tracked:
+            raise ValueError(f"study {name!r} has tracking.enabled: false, so nothing is sent")
+    sent, total = sync_study(folder, everything=everything)
+    text = f"sent {len(sent)} of {total} runs" if sent else f"none of {total} runs is unsent"
     answer(as_json, {"study": name, "sent": sent, "runs": total}, text)
 
 

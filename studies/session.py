@@ -163,24 +163,26 @@ def add_scores(job: Job, spec: RunSpec) -> None:
     storage.write_tree(PLOTS, draw)
 
 
-def sync_study(folder: StudyFolder) -> tuple[list[str], int]:
+def sync_study(folder: StudyFolder, *, everything: bool = False) -> tuple[list[str], int]:
     """Sends what MLflow lacks of a study's runs, now.
+
+    Args:
+        folder: The study.
+        everything: Send all runs, as to an MLflow that was emptied; what is there stays single.
 
     Returns:
         The run ids that were sent, and the number of runs that the study has.
 
     Raises:
         TrackingError: If MLflow does not take it.
-        ValueError: If its address is wrong, or the study does not use MLflow.
+        ValueError: If its address is wrong.
     """
     spec = folder.read_spec()
-    if not spec.tracking.enabled:
-        raise ValueError(f"study {spec.name!r} has tracking.enabled: false, so nothing is sent")
     tracker = MlflowTracker(tracking_uri(spec), spec.name)
     mine = runs_of(folder)
     sent = []
     for location in mine:
-        if (Path(location) / UNSYNCED).exists():
+        if everything or (Path(location) / UNSYNCED).exists():
             tracker.sync(location)
             sent.append(Path(location).name)
     return sent, len(mine)

@@ -16,6 +16,7 @@ from studies.domains import CONFIG_KEYS, TARGET_RATIO, Config, Domain, Number, S
 from studies.space import check_space
 
 MAX_NAME = 100  # leaves room for "-0003-s1" in a run id
+MEASURE_KEYS = ("seed", "eval_samples", "test_samples", "eval_batch_size", "device", "autocast")
 STORAGE_SCHEMES = ("sqlite", "postgresql", "postgresql+psycopg2", "postgresql+psycopg")
 
 
@@ -173,8 +174,14 @@ class StudySpec(RunSpec):
     @field_validator("space", mode="before")
     @classmethod
     def _check_space_keys(cls, space: Any) -> Any:
+        for key in MEASURE_KEYS if isinstance(space, dict) else ():
+            if key in space:
+                raise ValueError(
+                    f"{key} cannot be searched, because trials would not be comparable; set "
+                    + ("seeds" if key == "seed" else f"pruning.{key}")
+                )
         if isinstance(space, dict):
-            check_keys(space, [*(k for k in CONFIG_KEYS if k != "seed"), TARGET_RATIO])
+            check_keys(space, [*CONFIG_KEYS, TARGET_RATIO])
         return space
 
     @field_validator("pruning")
@@ -182,7 +189,7 @@ class StudySpec(RunSpec):
     def _check_seed(cls, config: PruningConfig) -> PruningConfig:
         if config.seed:
             raise ValueError(
-                f"a study has no pruning.seed; write seeds: [{config.seed}] beside it"
+                f"a study has no pruning.seed; write 'seeds: [{config.seed}]' beside it"
             )
         return config
 

@@ -108,6 +108,6 @@ def test_both_ends_of_a_domain_are_tried() -> None:
 
 def test_every_trial_must_reach_the_objective() -> None:
     targets = space(target_ratio={"kind": "float", "low": 0.6, "high": 0.9})
-    with pytest.raises(ValueError, match="up to ratio 0.8, but a trial may end at 0.6"):
+    with pytest.raises(ValueError, match=r"up to ratio 0\.8, but a trial may end at 0\.6"):
         check_space(PruningConfig(), targets, (0.5, 0.8))
     check_space(PruningConfig(), targets, (0.2, 0.6))

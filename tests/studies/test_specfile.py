@@ -66,7 +66,7 @@ def test_an_unknown_model_names_the_nearest(spec_path: Path) -> None:
 
 
 def test_an_unknown_task_names_the_nearest(spec_path: Path) -> None:
-    with pytest.raises(SpecError, match="task must be one of vqa, nlvr2.*did you mean 'vqa'"):
+    with pytest.raises(SpecError, match=r"task must be one of vqa, nlvr2.*did you mean 'vqa'"):
         load_study(str(spec_path), ["task=vqaa"])
 
 
