@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -34,3 +35,27 @@ def ray_cluster() -> Iterator[str]:
 
     with connect(num_cpus=4) as cluster:
         yield cluster.address
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notes with every test which of the paper's equations it holds code against."""
+    for item in items:
+        for mark in item.iter_markers("equations"):
+            item.user_properties += [("equation", equation) for equation in mark.args]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Prints, after ``pytest -m equations``, how many tests held each equation."""
+    if "equations" not in config.option.markexpr:
+        return
+    for outcome in ("passed", "failed"):
+        held = Counter(
+            str(value)
+            for report in terminalreporter.stats.get(outcome, [])
+            for name, value in report.user_properties
+            if name == "equation"
+        )
+        for equation in sorted(held, key=lambda name: int(name.split()[-1])):
+            terminalreporter.write_line(f"{equation}: {held[equation]} tests {outcome}")
