@@ -173,7 +173,10 @@ class Storage:
             FileNotFoundError: If there is no such file.
         """
         if self.local is not None:
-            return (self.local / name).read_bytes()
+            try:
+                return (self.local / name).read_bytes()
+            except NotADirectoryError as error:
+                raise FileNotFoundError(f"there is no file {self.local / name}") from error
         with self._fs.open_input_stream(self._inside(name)) as stream:
             return bytes(stream.read())
 

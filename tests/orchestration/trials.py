@@ -112,8 +112,7 @@ def _load(state: Path) -> random.Random:
 
 
 def _disturb(job: Job, index: int) -> None:
-    """Does at a given record what ``pace`` and ``<run>/../disturb-<run id>`` ask for."""
-    time.sleep(float(os.environ.get("COMP_TEST_PACE", "0")))
+    """Does at a given record what the file ``disturb-<run id>`` beside the run asks for."""
     order = Path(job.run_dir).parent / f"disturb-{job.run_id}"
     if not order.exists():
         return
@@ -126,10 +125,10 @@ def _disturb(job: Job, index: int) -> None:
         os.kill(os.getpid(), 9)
     elif what == "hang":
         time.sleep(3600)
+    elif what == "nap":
+        time.sleep(1)
     elif what == "raise":
         raise FloatingPointError("loss is nan in stage 3; lower the learning rate")
-    elif what == "stop-early":
-        raise StopIteration
 
 
 def disturb(directory: Path, run: str, what: str, at: int) -> None:

@@ -1,0 +1,105 @@
+"""Joining and describing a cluster: what a person is told when it cannot be."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+from ray._private.utils import check_version_info
+
+from orchestration.cluster import (
+    ClusterError,
+    _explain,
+    check_fits,
+    connect,
+    describe_room,
+    hold_study,
+)
+from orchestration.executor import Resources
+from orchestration.lock import LockHeld
+
+pytestmark = pytest.mark.ray
+
+HOLD = """
+import sys
+from orchestration.cluster import connect, hold_study
+with connect(sys.argv[1]), hold_study("demo"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(ray_cluster: str) -> Iterator["subprocess.Popen[str]"]:
+    command = [sys.executable, "-c", HOLD, ray_cluster]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+@pytest.mark.chaos
+def test_a_study_has_one_driver_in_a_cluster_until_that_is_killed(
+    holder: "subprocess.Popen[str]",
+) -> None:
+    with pytest.raises(LockHeld) as caught, hold_study("demo"):
+        pytest.fail("two drivers")
+    assert caught.value.pid == holder.pid
+    with hold_study("another"):
+        pass
+    holder.kill()
+    holder.wait()
+    began = time.monotonic()
+    with hold_study("demo"):
+        assert time.monotonic() - began < 10
+
+
+def test_a_study_is_free_again_after_its_context(ray_cluster: str) -> None:
+    for _ in range(2):
+        with hold_study("again"):
+            pass
+
+
+def test_a_cluster_that_is_connected_is_used_and_not_ended(ray_cluster: str) -> None:
+    with connect() as cluster:
+        assert cluster.address == ray_cluster
+        assert not cluster.owned
+    assert describe_room(Resources(), 2).startswith("2 slots of 1 CPUs are asked for, and ")
+
+
+def test_a_slot_larger_than_every_node_is_refused_with_both_numbers(ray_cluster: str) -> None:
+    with pytest.raises(ClusterError, match="asks for 64 CPUs, but the largest of 1 nodes has 4 C"):
+        check_fits(Resources(cpus=64))
+
+
+def test_other_versions_are_named_in_one_sentence() -> None:
+    cluster = {"ray_version": "2.40.0", "python_version": "3.10.4"}
+    with pytest.raises(RuntimeError) as caught:
+        check_version_info(cluster, "node 10.0.0.1:6379")
+    text = _explain("10.0.0.1:6379", caught.value)
+    assert "the Ray cluster at 10.0.0.1:6379 runs Ray 2.40.0 on Python 3.10.4, but this" in text
+    assert "\n" not in text
+
+
+@pytest.mark.slow
+def test_an_address_without_a_cluster_is_named_in_one_sentence() -> None:
+    code = (
+        "from orchestration.cluster import *\n"
+        "try: connect()\n"
+        "except ClusterError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ
+        | {"RAY_ADDRESS": "127.0.0.1:1", "RAY_gcs_rpc_server_reconnect_timeout_s": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("no Ray cluster can be joined at 127.0.0.1:1 (")
+    assert done.stdout.count("\n") == 1
