@@ -14,11 +14,15 @@ them. Data flow in one layer, with the paper's Eq. 5 in the two marked lines:
 A padded row of a hidden state is exactly zero from the first token selection on. That is how a
 later cross-attention, even after the stock code has repeated rows for beam search, knows which
 rows are real.
+
+Where several streams share one causal sequence (``Mixture``), tokens drop behind whole layers
+instead, a fixed share at each boundary. A padded row's rotation and with it its key is exactly
+zero there, which is how later decoding steps know the real rows of every layer's own cache.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,6 +31,7 @@ from torch import Tensor, nn
 
 from comp import cost
 from comp.importance import token_importance, token_weights
+from comp.mixture import Mixture, causal_mask
 from comp.modes import PruningMode, Stream
 from comp.tokens import Selection, keep_above, select
 
@@ -68,6 +73,7 @@ class AttentionSite:
         queries_per_unit: Query heads that share one key/value head (1 without grouping).
         dropout: Probability of attention dropout while training.
         token_streams: Streams whose token counts its cost depends on.
+        rotate: Turns queries and keys by ``TokenState.rotary``: ``(q, k, cos, sin) -> (q, k)``.
     """
 
     name: str
@@ -80,6 +86,7 @@ class AttentionSite:
     queries_per_unit: int = 1
     dropout: float = 0.0
     token_streams: frozenset[Stream] = frozenset()
+    rotate: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     kind: Literal["head", "channel"] = "head"
 
@@ -208,6 +215,10 @@ class Block:
         feed_forward_wrap: Norms around it.
         cross: Its cross-attention, if any.
         drops_tokens: Whether tokens may be dropped here; only then are they scored.
+        boundary: ``None``: tokens drop between attention and feed-forward by a relative
+            threshold. A number s: they do not, and if s is at least 1, ``(1 - theta)^s`` of each
+            stream's original tokens go on behind the layer (theta is clamped to 1).
+        mixed: The streams that share the sequence, if there is more than one.
     """
 
     encoder: str
@@ -219,6 +230,13 @@ class Block:
     feed_forward_wrap: SubLayer
     cross: CrossAttention | None = None
     drops_tokens: bool = True
+    boundary: int | None = None
+    mixed: frozenset[Stream] = frozenset()
+
+    @property
+    def streams(self) -> frozenset[Stream]:
+        """The streams of tokens that run through it."""
+        return self.mixed or frozenset({self.stream})
 
     def groups(self) -> Iterator[UnitGroup]:
         """Yields the block's unit groups."""
@@ -236,8 +254,12 @@ class TokenState:
         valid: True for real tokens, ``(B, N)``; ``None`` means all.
         pooled: The token that stands for the sample (class token), ``(B, N)``; ``None``: none.
         protected: Tokens that are never dropped (pooled ones included), ``(B, N)``.
-        bias: Additive or bool attention mask ``(B or 1, 1, Nq, Nk)`` beyond padding.
+        bias: Additive or bool attention mask ``(B or 1, 1, Nq, Nk)`` beyond padding. A bool one
+            that is shorter than the cached keys is extended by the real ones among them.
         cache: Key/value cache of a decoder, as the stock code passes it.
+        rotary: Cosines and sines for ``AttentionSite.rotate``, ``(B, N, d)`` each.
+        mixture: Which rows belong to which stream, if several share the sequence and its tokens
+            may drop.
     """
 
     hidden: Tensor
@@ -246,6 +268,8 @@ class TokenState:
     protected: Tensor | None = None
     bias: Tensor | None = None
     cache: Any = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    mixture: Mixture | None = None
 
     def flags(self, mask: Tensor | None, default: bool) -> Tensor:
         """Returns a mask as a tensor ``(B, N)``, filled with ``default`` if it is ``None``."""
@@ -320,11 +344,9 @@ def _run_block(
     contexts: Sequence[Tensor],
     valid_contexts: Sequence[Tensor],
 ) -> tuple[TokenState, _Held | None]:
-    threshold = handle.thresholds.get(block.stream, 0.0) if block.drops_tokens else 0.0
+    drops = _drops(handle, block, state)
     statistics = handle.statistics
-    scored = block.drops_tokens and (
-        threshold > 0 or (statistics is not None and handle.switches.cip)
-    )
+    scored = drops or (_can_score(block, state) and statistics is not None and handle.switches.cip)
 
     context, scores = _self_attention(handle, block, state, need_scores=scored)
     if statistics is not None:
@@ -335,11 +357,9 @@ def _run_block(
     output = block.attention.out.linear(context)
     state.hidden = block.attention_wrap.leave(state.hidden, output)
 
-    if threshold > 0 and scores is not None:
-        state, scores = _drop_tokens(handle, block, state, scores, threshold)
+    if drops and block.boundary is None and scores is not None:
+        state, scores = _drop_tokens(handle, block, state, scores)
     counts = cost.token_counts(state.valid, state.hidden)
-    if handle.meter is not None and not handle.meter.paused:
-        handle.meter.add_tokens(block.encoder, block.layer, counts)
 
     weights = None if statistics is None else _row_weights(handle, state, scores)
     if block.cross is not None and contexts:
@@ -349,16 +369,54 @@ def _run_block(
     site = block.feed_forward
     if handle.meter is not None and not handle.meter.paused:
         one = cost.feed_forward_macs(counts, rows.shape[-1], 1, len(site.inputs) + 1)
-        handle.meter.add_units(site.name, one)
+        _count_units(handle.meter, site, state, counts, one)
     activation = site.hidden(rows, handle.masks.get(site.name))
     output = site.out.linear(activation)
     state.hidden = block.feed_forward_wrap.leave(state.hidden, output)
-    if statistics is None:
-        return state, None
-    if block.drops_tokens and block.layer != handle.last_layer(block.encoder):
-        return state, _Held(site, activation.detach())
-    statistics.add(site.name, activation, weights)
-    return state, None
+    held = None
+    if statistics is not None:
+        if block.drops_tokens and block.layer != handle.last_layer(block.encoder):
+            held = _Held(site, activation.detach())
+        else:
+            statistics.add(site.name, activation, weights)
+    if drops and block.boundary and scores is not None:
+        state, held = _drop_behind(handle, block.boundary, state, scores, held)
+    if handle.meter is not None and not handle.meter.paused:
+        _count_tokens(handle.meter, block, state)
+    return state, held
+
+
+def _can_score(block: Block, state: TokenState) -> bool:
+    """Whether the block's tokens have scores: mixed ones only while their prompt is read."""
+    return block.drops_tokens and (not block.mixed or state.mixture is not None)
+
+
+def _drops(handle: "PruningHandle", block: Block, state: TokenState) -> bool:
+    return (
+        block.boundary != 0
+        and _can_score(block, state)
+        and any(handle.thresholds.get(stream, 0.0) > 0 for stream in block.streams)
+    )
+
+
+def _count_units(
+    meter: cost.Meter, site: UnitGroup, state: TokenState, counts: Tensor, one: Tensor
+) -> None:
+    """Counts what one unit costs, and how much of it each of several streams brings about."""
+    meter.add_units(site.name, one)
+    if state.mixture is not None:
+        for stream, rows in state.mixture.droppable.items():
+            meter.add_shared(
+                site.name, stream, one.double() * rows.sum(dim=1) / counts.clamp(min=1)
+            )
+
+
+def _count_tokens(meter: cost.Meter, block: Block, state: TokenState) -> None:
+    counts = cost.token_counts(state.valid, state.hidden)
+    meter.add_tokens(block.encoder, block.layer, counts)
+    if state.mixture is not None:
+        for stream, rows in state.mixture.droppable.items():
+            meter.add_tokens(f"{block.encoder}_{stream}", block.layer, rows.sum(dim=1))
 
 
 def _self_attention(
@@ -368,21 +426,33 @@ def _self_attention(
     site = block.attention
     rows = block.attention_wrap.enter(state.hidden)
     query, key, value = _apply_head_mask(handle, site, site.project(rows, rows))
+    if site.rotate is not None and state.rotary is not None:
+        query, key = site.rotate(query, key, *state.rotary)
     if state.cache is not None:
         key, value = _cached(state.cache, site.layer, key, value, cross=False)
     bias = state.bias if state.bias is not None else _key_mask(state.valid)
+    bias = _with_cached(bias, key)
+    mixture = state.mixture if need_scores else None
+    explicit = need_scores and mixture is None
     context, probabilities = attend(
-        site, query, key, value, bias, training=handle.model.training, explicit=need_scores
+        site, query, key, value, bias, training=handle.model.training, explicit=explicit
     )
     context = _scale_context(handle, site, context)
     if handle.meter is not None and not handle.meter.paused:
         counts = cost.token_counts(state.valid, rows)
         keys = counts if state.cache is None else _visible_keys(bias, key)
-        one = cost.self_attention_macs(counts, keys, rows.shape[-1], site.unit_width)
-        handle.meter.add_units(site.name, one)
+        one = cost.self_attention_macs(
+            counts, keys, rows.shape[-1], site.unit_width, site.head_dim
+        )
+        if mixture is not None and _drops(handle, block, state):
+            one = one + mixture.voters.sum(dim=1) * keys * site.unit_width
+        _count_units(handle.meter, site, state, counts, one)
+    mask = handle.head_mask(site) if handle.switches.cit else None
+    if mixture is not None:
+        valid = state.flags(state.valid, default=True)
+        return context, mixture.scores(query, key, site.scale, valid, mask)
     if probabilities is None:
         return context, None
-    mask = handle.head_mask(site) if handle.switches.cit else None
     return context, token_importance(probabilities, mask, state.valid, state.protected)
 
 
@@ -431,6 +501,15 @@ def attend(
     return torch.matmul(weights, value).transpose(1, 2).flatten(2), probabilities
 
 
+def _with_cached(bias: Tensor | None, key: Tensor) -> Tensor | None:
+    """Extends a bool mask over new rows by the real ones among the cached keys."""
+    if bias is None or bias.dtype != torch.bool or bias.shape[-1] >= key.shape[2]:
+        return bias
+    past = key[:, :, : key.shape[2] - bias.shape[-1]].transpose(1, 2).flatten(2)
+    real = real_rows(past)[:, None, None, :].expand(-1, -1, bias.shape[2], -1)
+    return torch.cat([real, bias.expand(real.shape[0], -1, -1, -1)], dim=-1)
+
+
 def _visible_keys(bias: Tensor | None, key: Tensor) -> Tensor:
     """Keys that the last query attends to, ``(B,)`` int64, of keys ``(B, H, Nk, d)``."""
     if bias is None:
@@ -472,17 +551,21 @@ def _row_weights(
     """Returns the weights of Eq. 4 for the rows of ``state``, or ones over real rows (Eq. 3)."""
     if not handle.switches.cip:
         return None if state.valid is None else state.valid.float()
-    if scores is not None:
-        pooled = state.flags(state.pooled, default=False)
-        weights = token_weights(scores, pooled)
-        return weights * state.flags(state.valid, default=True)
     valid = state.flags(state.valid, default=True).float()
-    return valid / valid.sum(dim=1, keepdim=True).clamp(min=1)
+    uniform = valid / valid.sum(dim=1, keepdim=True).clamp(min=1)
+    if scores is None:
+        return uniform
+    pooled = state.flags(state.pooled, default=False)
+    weights = token_weights(scores, pooled) * valid
+    if state.mixture is None:
+        return weights
+    return torch.where(scores.sum(dim=1, keepdim=True) > 0, weights, uniform)
 
 
 def _drop_tokens(
-    handle: "PruningHandle", block: Block, state: TokenState, scores: Tensor, threshold: float
+    handle: "PruningHandle", block: Block, state: TokenState, scores: Tensor
 ) -> tuple[TokenState, Tensor]:
+    threshold = handle.thresholds.get(block.stream, 0.0)
     valid = state.flags(state.valid, default=True)
     protected = state.flags(state.protected, default=False)
     keep = keep_above(scores, threshold, valid, protected, handle.min_tokens[block.stream])
@@ -490,6 +573,34 @@ def _drop_tokens(
     if selection is None:
         return state, scores
     return gather_state(state, selection), selection.gather_scores(scores)
+
+
+def _drop_behind(
+    handle: "PruningHandle",
+    boundary: int,
+    state: TokenState,
+    scores: Tensor,
+    held: _Held | None,
+) -> tuple[TokenState, _Held | None]:
+    """Drops tokens of every stream of a mixed sequence behind a layer, the held rows with them.
+
+    Raises:
+        ValueError: If dropped tokens are to be merged.
+    """
+    if handle.merge == "summary":
+        raise ValueError("a causal stream cannot merge tokens; set merge='drop'")
+    mixture = state.mixture
+    assert mixture is not None
+    valid = state.flags(state.valid, default=True)
+    keep = mixture.keep(scores, valid, handle.thresholds, handle.min_tokens, boundary)
+    selection = select(keep, scores, valid, merge=False)
+    if selection is None:
+        return state, held
+    state = gather_state(replace(state, bias=None), selection)
+    state.bias = causal_mask(state.hidden.shape[1], state.valid, state.hidden.device)
+    if held is not None:
+        held = _Held(held.site, selection.gather(held.activation))
+    return state, held
 
 
 def gather_state(state: TokenState, selection: Selection) -> TokenState:
@@ -501,7 +612,14 @@ def gather_state(state: TokenState, selection: Selection) -> TokenState:
         protected=None if state.protected is None else selection.gather_flags(state.protected),
         bias=None if state.bias is None else _gather_bias(state.bias, selection),
         cache=state.cache,
+        rotary=None if state.rotary is None else _gather_rotary(state.rotary, selection),
+        mixture=None if state.mixture is None else state.mixture.gather(selection),
     )
+
+
+def _gather_rotary(rotary: tuple[Tensor, Tensor], selection: Selection) -> tuple[Tensor, Tensor]:
+    cosines, sines = rotary
+    return selection.gather(cosines), selection.gather(sines)
 
 
 def _gather_bias(bias: Tensor, selection: Selection) -> Tensor:

@@ -3,6 +3,7 @@
 Per sample and layer, with a = heads * head width and c = channels:
 
     self-attention on N tokens          3 N D a + 2 N^2 a + N a D
+        with shared keys and values     N D (a + 2 a_kv) + 2 N^2 a + N a D
     cross-attention, L queries, N keys  L D a + 2 N D_v a + 2 L N a + L a D
     feed-forward on N tokens            2 N D c      (3 N D c when gated)
 
@@ -31,9 +32,15 @@ LAYERNORM_FLOPS = 5
 """What fvcore counts per element of a LayerNorm, to reproduce published dense numbers."""
 
 
-def self_attention_macs(queries: N, keys: N, width: int, inner: int) -> N:
-    """Multiply-adds of self-attention with ``inner`` = heads times head width."""
-    return 4 * queries * width * inner + 2 * queries * keys * inner
+def self_attention_macs(
+    queries: N, keys: N, width: int, inner: int, kv_inner: int | None = None
+) -> N:
+    """Multiply-adds of self-attention with ``inner`` = heads times head width.
+
+    ``kv_inner`` is the same product of the key and value heads where several queries share one.
+    """
+    both = inner + (inner if kv_inner is None else kv_inner)
+    return 2 * queries * width * both + 2 * queries * keys * inner
 
 
 def cross_attention_macs(queries: N, keys: N, width: int, key_width: int, inner: int) -> N:
@@ -59,6 +66,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._unit_macs: dict[str, Tensor] = {}
+        self._shared_macs: dict[tuple[str, str], Tensor] = {}
         self._fixed: int = 0
         self._tokens: dict[tuple[str, int], Tensor] = {}
         self._rows: dict[tuple[str, int], int] = {}
@@ -70,6 +78,13 @@ class Meter:
         batch = macs_of_one_unit.sum()
         old = self._unit_macs.get(group)
         self._unit_macs[group] = batch if old is None else old + batch
+
+    def add_shared(self, group: str, stream: str, macs_of_one_unit: Tensor) -> None:
+        """Notes a stream's share of ``add_units`` where streams share one sequence, ``(B,)``."""
+        key = (group, stream)
+        batch = macs_of_one_unit.sum()
+        old = self._shared_macs.get(key)
+        self._shared_macs[key] = batch if old is None else old + batch
 
     def add_fixed(self, macs: int) -> None:
         """Adds multiply-adds that no mode can remove, already summed over the batch."""
@@ -100,6 +115,10 @@ class Meter:
             if group.name in self._unit_macs
         }
         total = self._fixed + sum(alive[name] * macs for name, macs in unit.items())
+        streams: dict[str, float] = {}
+        for (name, stream), macs in self._shared_macs.items():
+            own = alive[name] * float(macs) / self.num_samples
+            streams[stream] = streams.get(stream, 0.0) + own
         tokens = {
             f"{encoder}.{layer}": int(total_tokens) / self._rows[encoder, layer]
             for (encoder, layer), total_tokens in self._tokens.items()
@@ -110,6 +129,7 @@ class Meter:
             unit_macs={name: macs / self.num_samples for name, macs in unit.items()},
             alive=dict(alive),
             tokens=tokens,
+            stream_macs=streams,
         )
 
 
@@ -123,6 +143,8 @@ class Measurement:
         unit_macs: Mean multiply-adds per sample of one unit, by group.
         alive: Unpruned units by group.
         tokens: Mean tokens that leave a layer, by ``encoder.layer``.
+        stream_macs: Mean multiply-adds per sample that are a stream's own share of sequences in
+            which it is not alone.
     """
 
     total_macs: int
@@ -130,6 +152,7 @@ class Measurement:
     unit_macs: dict[str, float]
     alive: dict[str, int]
     tokens: dict[str, float] = field(default_factory=dict)
+    stream_macs: dict[str, float] = field(default_factory=dict)
 
     @property
     def macs(self) -> float:
@@ -140,8 +163,10 @@ class Measurement:
         """Mean multiply-adds that a mode can act on (F_mode of docs/algorithm.md).
 
         For a parameter mode these are its units' own; for a token mode everything whose cost
-        depends on the number of tokens of its stream.
+        depends on the number of tokens of its stream, or its share of a mixed sequence.
         """
+        if mode.is_tokens and mode.stream.value in self.stream_macs:
+            return self.stream_macs[mode.stream.value]
 
         def belongs(group: "UnitGroup") -> bool:
             return mode.stream in group.token_streams if mode.is_tokens else group.mode is mode

@@ -39,7 +39,13 @@ class Structure:
     def modes(self) -> list[PruningMode]:
         """The modes that this model has, in their fixed order."""
         have = {group.mode for group in self.groups()}
-        streams = {b.stream for blocks in self.encoders.values() for b in blocks if b.drops_tokens}
+        streams = {
+            stream
+            for blocks in self.encoders.values()
+            for block in blocks
+            if block.drops_tokens
+            for stream in block.streams
+        }
         return [
             mode
             for mode in PruningMode

@@ -45,6 +45,11 @@ def token_importance(
     """
     if attention.dim() != 4 or attention.shape[2] != attention.shape[3]:
         raise ValueError(f"attention must be (B, H, N, N), but got {tuple(attention.shape)}")
+    return column_scores(_strongest(attention, head_mask), valid, protected)
+
+
+def _strongest(attention: Tensor, head_mask: Tensor | None) -> Tensor:
+    """Maximum over heads of attention ``(B, H, Q, N)`` under soft head masks (Eq. 7)."""
     probabilities = attention.detach().float()
     if head_mask is not None:
         if head_mask.shape != attention.shape[1:2]:
@@ -54,7 +59,37 @@ def token_importance(
             )
         mask = head_mask.detach().to(device=probabilities.device, dtype=probabilities.dtype)
         probabilities = probabilities * mask[:, None, None]
-    return column_scores(probabilities.amax(dim=1), valid, protected)
+    return probabilities.amax(dim=1)
+
+
+def voted_importance(
+    attention: Tensor, votes: Tensor, scored: Tensor, head_mask: Tensor | None = None
+) -> Tensor:
+    """Scores tokens by the attention that a few chosen queries pay them.
+
+    Args:
+        attention: Probabilities of the chosen queries, ``(B, H, Q, N)``.
+        votes: Which of the queries count, ``(B, Q)`` bool.
+        scored: Which tokens are scored, ``(B, N)`` bool.
+        head_mask: Soft head masks in [0, 1], ``(H,)``. ``None`` leaves Eq. 7 out.
+
+    Returns:
+        As ``token_importance``, over the scored tokens.
+
+    Raises:
+        ValueError: If the shapes disagree.
+
+    Source: CoMP (arXiv 2604.02956), Eq. (6) and (7), the sum over queries restricted as in
+    PyramidDrop (arXiv 2410.17247).
+    """
+    batch, _, queries, num_tokens = attention.shape
+    if votes.shape != (batch, queries) or scored.shape != (batch, num_tokens):
+        raise ValueError(
+            f"votes and scored must be ({batch}, {queries}) and ({batch}, {num_tokens}), but got "
+            f"{tuple(votes.shape)} and {tuple(scored.shape)}"
+        )
+    strongest = _strongest(attention, head_mask)
+    return normalise_scores((votes.unsqueeze(2) * strongest).sum(dim=1), scored)
 
 
 def column_scores(

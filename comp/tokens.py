@@ -97,13 +97,35 @@ def keep_above(
         return valid
     count = scored.sum(dim=1, keepdim=True)
     relative = scores.float() * count
-    ranked = relative.masked_fill(~scored, -1.0)
-    order = ranked.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
+    floor = scored & (_ranks(relative, scored) < min_tokens)
+    return (scored & (relative > threshold)) | floor | (protected & valid)
+
+
+def keep_share(
+    scores: Tensor, candidates: Tensor, original: Tensor, share: float, min_tokens: int
+) -> Tensor:
+    """Decides which tokens survive when a share of the original ones is to stay.
+
+    Args:
+        scores: Token importance, ``(B, N)``.
+        candidates: The tokens in question, ``(B, N)`` bool.
+        original: Number of candidates that every sample had at the start, ``(B,)``.
+        share: Share of ``original`` that stays, in [0, 1]; counts are rounded to the nearest.
+        min_tokens: Candidates kept at least.
+
+    Returns:
+        True for the surviving candidates, ``(B, N)`` bool. Of equal ones the first survives.
+    """
+    wanted = (original.double() * share + 0.5).floor().clamp(min=min_tokens)
+    return candidates & (_ranks(scores.float(), candidates) < wanted.unsqueeze(1))
+
+
+def _ranks(scores: Tensor, among: Tensor) -> Tensor:
+    """Place of every token by falling score, those outside ``among`` last, ``(B, N)``."""
+    order = scores.masked_fill(~among, -1.0).argsort(dim=1, descending=True, stable=True)
+    return torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )
-    floor = scored & (rank < min_tokens)
-    return (scored & (relative > threshold)) | floor | (protected & valid)
 
 
 def select(keep: Tensor, scores: Tensor, valid: Tensor, *, merge: bool) -> Selection | None:

@@ -12,11 +12,12 @@ from comp.handle import PruningHandle
 from comp.models.base import Adapter, LoadedModel, attach_with
 from comp.models.blip import BlipAdapter
 from comp.models.clip import ClipAdapter
+from comp.models.llava import LlavaAdapter
 from comp.models.presets import MODEL_PRESETS, preset_directory
 from comp.models.siglip import SiglipAdapter
 from comp.modes import Stream
 
-ADAPTERS: tuple[Adapter, ...] = (BlipAdapter(), ClipAdapter(), SiglipAdapter())
+ADAPTERS: tuple[Adapter, ...] = (BlipAdapter(), ClipAdapter(), SiglipAdapter(), LlavaAdapter())
 
 
 def adapter_of(model: nn.Module) -> Adapter:
