@@ -5,9 +5,11 @@ their groups with the table beside this file. Rendering them takes seconds; the 
 one Parquet file of the layout of ``comp.data.store``.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import logging
 import os
 import re
@@ -20,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor
 
 from comp.data.images import decode_image, resize_pixels
@@ -34,7 +36,7 @@ ATTRIBUTION = (
 )
 SKIN_TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 
-_BUILD = "2"  # of the rules in this file: another number makes another cache file
+_BUILD = "3"  # of the rules in this file: another number makes another cache file
 _REFERENCE_SIZE = 64  # pixels at which drawings are compared and colours counted
 _TONE_POINTS = dict(zip(("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"), SKIN_TONES, strict=True))
 _TONE_COLOURS = {
@@ -83,6 +85,20 @@ _GROUPS = {
     "symbols": "symbol",
     "flags": "flag",
 }
+_COLOUR_FIELDS = ("colour", "colour_top", "colour_middle", "colour_bottom", "num_colours")
+_NO_COLOURS = dict.fromkeys(_COLOUR_FIELDS, "")  # of people: skin and hair would count
+_NUMBERS = ("none", "one", "two", "three", "four")
+# Words that differ between the genders of one drawing.
+_SAME_DRAWING = {
+    "boy": "child",
+    "girl": "child",
+    "mermaid": "merperson",
+    "merman": "merperson",
+    "older": "old",
+    "prince": "princess",
+    **dict.fromkeys(("man", "men", "woman", "women", "person", "people"), ""),
+    **dict.fromkeys(("Mrs.", "Mx", "Santa"), ""),
+}
 _TONE_WORDS = re.compile(r"_(?:light|medium-light|medium|medium-dark|dark)_skin_tone")
 _GENDER_WORDS = re.compile(r"^(deaf_)?(?:wo)?m[ae]n(?:_|$)|^(deaf_)?(?:person|people)(?:_|$)")
 _WOMAN = re.compile(
@@ -99,8 +115,8 @@ class Drawing:
 
     Attributes:
         id: Code points as in OpenMoji's file names, ``1F469-1F3FD-200D-1F373``.
-        drawing: Code points shared by all skin tones and directions of one drawing, and by
-            drawings that look the same to the pixel. Splits are made of these.
+        drawing: Code points shared by all skin tones, genders and directions of one drawing, and
+            by drawings that look the same to the pixel. Splits are made of these.
         split: ``train``, ``val`` or ``test``.
         name: English name with skin tone, ``woman cook, medium skin tone``.
         aliases: Other names of the same picture.
@@ -112,6 +128,11 @@ class Drawing:
         role: What a person is: ``cook``.
         activity: What a person does: ``running``.
         colour: The colour that covers most of it, where one clearly does.
+        colour_top: The same of the upper third of the picture.
+        colour_middle: The same of the middle third.
+        colour_bottom: The same of the lower third.
+        num_colours: ``one`` to ``four`` colours besides black and white, where that is plain.
+        outline: ``wide``, ``tall`` or ``square``, where that is plain.
     """
 
     id: str
@@ -127,6 +148,11 @@ class Drawing:
     role: str
     activity: str
     colour: str
+    colour_top: str
+    colour_middle: str
+    colour_bottom: str
+    num_colours: str
+    outline: str
 
     @property
     def is_person(self) -> bool:
@@ -288,14 +314,14 @@ def _named_drawings() -> Iterator[tuple[Drawing, bytes]]:
         if group is None:
             continue
         png = _render(file.read_text(encoding="utf-8"), _REFERENCE_SIZE)
-        yield _describe(id_, entry_of, group, _colours(png)), png
+        yield _describe(id_, entry_of, group, png), png
 
 
 def _describe(
     id_: str,
     entry: Mapping[str, object],
     group: tuple[str, str, str],
-    colours: _Colours,
+    png: bytes,
 ) -> Drawing:
     raw = str(entry["en"]).strip(":")
     base = _TONE_WORDS.sub("", raw).replace("_facing_right", "")
@@ -306,7 +332,8 @@ def _describe(
     is_role = subgroup in ("person-role", "person-fantasy")
     aliases = entry.get("alias", [])
     assert isinstance(aliases, list)
-    colour = "" if group[0] == "people-body" else _main_colour(colours)
+    with Image.open(io.BytesIO(png)) as opened:
+        image = opened.convert("RGB")
     return Drawing(
         id=id_,
         drawing=_drawing_key(id_),
@@ -316,11 +343,16 @@ def _describe(
         group=_GROUPS[group[0]],
         subgroup=subgroup,
         kind=kind,
-        skin_tone=_skin_tone(id_, group[0], colours),
+        skin_tone=_skin_tone(id_, group[0], _colours(image)),
         gender=_gender(base) if is_person else "",
         role=_role(what) if is_role else "",
         activity=_activity(what) if is_person and not is_role else "",
-        colour=colour,
+        outline=_outline(image),
+        **(
+            dict.fromkeys(_COLOUR_FIELDS, "")
+            if group[0] == "people-body"
+            else _named_colours(image)
+        ),
     )
 
 
@@ -333,8 +365,7 @@ def _merge_equal(
     for index, (drawing, png) in enumerate(found):
         same[png].append(index)  # equal pixels are encoded to equal bytes
         family[drawing.drawing].append(index)
-        base = re.sub(r", .*skin tone.*| facing right|( person){2}", "", drawing.name)
-        family[f"name {base}"].append(index)
+        family[_family(drawing)].append(index)
     roots = _components(len(found), [*same.values(), *family.values()])
     merged = []
     for indexes in same.values():
@@ -343,6 +374,19 @@ def _merge_equal(
         one = _agree(members)
         merged.append((replace(one, drawing=key, split=split_of(key)), found[indexes[0]][1]))
     return merged
+
+
+def _family(drawing: Drawing) -> str:
+    """Returns the name without skin tones, direction and, of single persons, gender.
+
+    If a woman cook were in training and a man cook in the test, a model would learn that cooks
+    are women: genders of one drawing stay in one split.
+    """
+    base = re.sub(r", .*skin tone.*| facing right|( person){2}", "", drawing.name)
+    if drawing.subgroup.startswith("person-") or drawing.subgroup == "person":
+        words = (_SAME_DRAWING.get(word, word) for word in base.split())
+        return "person " + " ".join(filter(None, words))
+    return "name " + base
 
 
 def _components(count: int, links: Iterable[Sequence[int]]) -> list[list[int]]:
@@ -363,7 +407,7 @@ def _agree(members: Sequence[Drawing]) -> Drawing:
     first = members[0]
     names = dict.fromkeys(name for one in members for name in (one.name, *one.aliases))
     shared = {}
-    for field in ("skin_tone", "gender", "role", "activity", "colour"):
+    for field in ("skin_tone", "gender", "role", "activity"):
         values = {getattr(one, field) for one in members} - {""}
         shared[field] = values.pop() if len(values) == 1 else ""
     return replace(first, aliases=tuple(list(names)[1:]), **shared)
@@ -442,10 +486,9 @@ def _render(svg: str, size: int) -> bytes:
     )
 
 
-def _colours(png: bytes) -> _Colours:
+def _colours(image: Image.Image) -> _Colours:
     """Returns the distinct colours of an image and how often each occurs."""
-    with Image.open(io.BytesIO(png)) as image:
-        found = image.convert("RGB").getcolors(image.width * image.height) or []
+    found = image.getcolors(image.width * image.height) or []
     colours = np.array([colour for _, colour in found], dtype=np.int16)
     return colours, np.array([count for count, _ in found], dtype=np.int64)
 
@@ -458,31 +501,55 @@ def _share(colours: _Colours, wanted: str) -> float:
     return float(counts[is_near].sum() / counts.sum())
 
 
-def _main_colour(colours: _Colours) -> str:
-    """Names the colour of the largest area if it covers 8 % and twice as much as any other."""
+def _palette_shares(image: Image.Image) -> dict[str, float]:
+    """Returns the share of pixels of each named colour, the largest first."""
+    colours = _colours(image)
     shares: dict[str, float] = defaultdict(float)
     for wanted, name in _PALETTE.items():
         shares[name] += _share(colours, wanted)
-    (first, most), (_, second) = sorted(shares.items(), key=lambda item: -item[1])[:2]
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+
+def _main_colour(shares: Mapping[str, float]) -> str:
+    """Names the colour of the largest area if it covers 8 % and twice as much as any other."""
+    (first, most), (_, second) = list(shares.items())[:2]
     return first if most >= 0.08 and most >= 2 * second else ""
 
 
+def _named_colours(image: Image.Image) -> dict[str, str]:
+    shares = _palette_shares(image)
+    width, height = image.size
+    cuts = [round(part * height / 3) for part in range(4)]
+    thirds = [
+        _main_colour(_palette_shares(image.crop((0, top, width, bottom))))
+        for top, bottom in itertools.pairwise(cuts)
+    ]
+    return dict(
+        zip(_COLOUR_FIELDS, (_main_colour(shares), *thirds, _num_colours(shares)), strict=True)
+    )
+
+
+def _num_colours(shares: Mapping[str, float]) -> str:
+    """Counts the colours that cover 2 %, if no other comes near that."""
+    visible = [share for name, share in shares.items() if name != "black" and share > 0.005]
+    number = sum(share >= 0.02 for share in visible)
+    return _NUMBERS[number] if number == len(visible) and 1 <= number <= 4 else ""
+
+
+def _outline(image: Image.Image) -> str:
+    box = ImageChops.invert(image.convert("L")).getbbox()
+    if box is None:
+        return ""
+    ratio = (box[2] - box[0]) / (box[3] - box[1])
+    if 0.93 <= ratio <= 1.08:
+        return "square"
+    return "wide" if ratio >= 1.3 else "tall" if ratio <= 0.77 else ""
+
+
 def _to_row(drawing: Drawing, png: bytes) -> Row:
-    known = {
-        name: getattr(drawing, name)
-        for name in (
-            "drawing",
-            "name",
-            "group",
-            "subgroup",
-            "kind",
-            "skin_tone",
-            "gender",
-            "role",
-            "activity",
-            "colour",
-        )
-    }
+    known = dataclasses.asdict(drawing)
+    for name in ("id", "split"):  # columns of their own
+        del known[name]
     return Row(
         id=drawing.id,
         split=drawing.split,

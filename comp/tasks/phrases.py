@@ -36,8 +36,8 @@ def noun(attribute: str, value: str) -> str:
     """Returns a noun phrase for a property of a drawing.
 
     Args:
-        attribute: A field of ``Drawing``: ``kind``, ``group``, ``skin_tone``, ``gender``,
-            ``role``, ``activity`` or ``colour``.
+        attribute: A field of ``Drawing``: ``kind``, ``group``, ``skin_tone``, ``gender`` or
+            ``colour``.
         value: The field's value.
 
     Returns:
@@ -47,6 +47,4 @@ def noun(attribute: str, value: str) -> str:
         return f"a person with {value} skin tone"
     if attribute == "colour":
         return f"something mostly {value}"
-    if attribute == "activity":
-        return f"a person {value}"
     return _NOUNS.get(value) or f"{'an' if value[0] in 'aeiou' else 'a'} {value}"

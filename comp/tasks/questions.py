@@ -27,18 +27,21 @@ class Question:
 
 
 _WEIGHTS = {
-    "kind": 0.20,
-    "group": 0.08,
-    "skin_tone": 0.14,
-    "gender": 0.10,
-    "role": 0.10,
-    "activity": 0.10,
-    "colour": 0.10,
-    "yes/no kind": 0.05,
-    "yes/no group": 0.02,
-    "yes/no skin_tone": 0.02,
-    "yes/no gender": 0.015,
-    "yes/no colour": 0.02,
+    "kind": 0.15,
+    "group": 0.10,
+    "skin_tone": 0.13,
+    "gender": 0.09,
+    "colour": 0.09,
+    "colour_top": 0.06,
+    "colour_middle": 0.06,
+    "colour_bottom": 0.06,
+    "num_colours": 0.05,
+    "outline": 0.06,
+    "yes/no kind": 0.04,
+    "yes/no group": 0.03,
+    "yes/no skin_tone": 0.03,
+    "yes/no gender": 0.02,
+    "yes/no colour": 0.03,
 }
 _OPEN = {
     "kind": (
@@ -61,20 +64,35 @@ _OPEN = {
         "does this picture show a man or a woman?",
         "who is drawn here, a woman or a man?",
     ),
-    "role": (
-        "what is the role of this person?",
-        "which role does the person in this picture have?",
-        "who is the person in this drawing?",
-    ),
-    "activity": (
-        "what is this person doing?",
-        "what does the person in this picture do?",
-        "which activity of a person is drawn here?",
-    ),
     "colour": (
         "which colour covers most of this drawing?",
         "what is the main colour of this picture?",
         "in which colour is most of this drawn?",
+    ),
+    "colour_top": (
+        "which colour covers most of the upper third?",
+        "what is the main colour at the top?",
+        "in which colour is the top mostly drawn?",
+    ),
+    "colour_middle": (
+        "which colour covers most of the middle third?",
+        "what is the main colour in the middle?",
+        "in which colour is the middle mostly drawn?",
+    ),
+    "colour_bottom": (
+        "which colour covers most of the lower third?",
+        "what is the main colour at the bottom?",
+        "in which colour is the bottom mostly drawn?",
+    ),
+    "num_colours": (
+        "how many colours besides black and white are here?",
+        "what is the number of colours in this drawing?",
+        "how many colours does this picture have?",
+    ),
+    "outline": (
+        "is this drawing wide, tall or square?",
+        "what is the outline of this picture?",
+        "which outline does the drawing have?",
     ),
 }
 _CLOSED = (
@@ -83,7 +101,7 @@ _CLOSED = (
     "can you see {} in this picture?",
 )
 # A value with fewer training drawings cannot be learnt and is not asked for.
-_MIN_DRAWINGS = {"kind": 5, "group": 5, "role": 2, "activity": 2}
+_MIN_DRAWINGS = {"kind": 8, "group": 5, "colour_top": 3, "colour_middle": 3, "colour_bottom": 3}
 
 
 def allowed_values(drawings: Sequence[Drawing]) -> dict[str, tuple[str, ...]]:
@@ -176,7 +194,7 @@ def _ask(
     rng: random.Random, drawings: Sequence[Drawing], pool: _Pool, family: str
 ) -> list[Question]:
     name = family.removeprefix("yes/no ")
-    value = _value(rng, pool, even=name not in ("kind", "group", "colour"))
+    value = _value(rng, pool, even=name in ("skin_tone", "gender", "outline"))
     image = _image(rng, pool[value])
     if name == family:
         return [Question(image, rng.choice(_OPEN[name]), value, family)]

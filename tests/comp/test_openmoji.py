@@ -55,6 +55,16 @@ def test_a_person_and_its_mirror_image_are_one_drawing(openmoji: OpenMoji) -> No
     assert left.drawing == right.drawing
 
 
+@pytest.mark.parametrize("words", [("woman cook", "cook"), ("mermaid", "merman"), ("boy", "girl")])
+def test_genders_of_a_person_are_one_drawing(openmoji: OpenMoji, words: tuple[str, str]) -> None:
+    first, second = (named(openmoji, name) for name in words)
+    assert first.drawing == second.drawing
+
+
+def test_different_roles_are_different_drawings(openmoji: OpenMoji) -> None:
+    assert named(openmoji, "woman cook").drawing != named(openmoji, "woman judge").drawing
+
+
 def test_attributes_come_from_names_code_points_and_pixels(openmoji: OpenMoji) -> None:
     cook = named(openmoji, "woman cook, medium skin tone")
     assert (cook.group, cook.subgroup, cook.kind) == ("people", "person-role", "person")
@@ -63,7 +73,9 @@ def test_attributes_come_from_names_code_points_and_pixels(openmoji: OpenMoji) -
     apple = named(openmoji, "red apple")
     assert (apple.group, apple.kind, apple.colour) == ("food", "fruit", "red")
     assert named(openmoji, "man surfing").activity == "surfing"
-    assert named(openmoji, "Germany").kind == "flag"
+    germany = named(openmoji, "Germany")
+    assert (germany.kind, germany.outline, germany.num_colours) == ("flag", "wide", "two")
+    assert (germany.colour_middle, germany.colour_bottom) == ("red", "yellow")
 
 
 def test_names_that_disagree_about_one_picture_leave_the_attribute_empty(

@@ -55,7 +55,7 @@ def test_a_bag_of_words_learnt_in_training_is_right_half_of_the_time(
     assert sum(right) / len(right) == 0.5
 
 
-@pytest.mark.parametrize("attribute", ["skin_tone", "gender", "role", "activity"])
+@pytest.mark.parametrize("attribute", ["skin_tone", "gender"])
 def test_false_pairs_differ_from_a_true_pair_in_one_attribute(
     statements: dict[str, list[Statement]], openmoji: OpenMoji, attribute: str
 ) -> None:
@@ -86,10 +86,10 @@ def test_left_and_right_statements_tell_the_order(
         assert (told == [left, right]) == one.label
 
 
-def test_statements_have_five_to_twenty_four_words(statements: dict[str, list[Statement]]) -> None:
+def test_statements_have_five_to_twenty_words(statements: dict[str, list[Statement]]) -> None:
     lengths = {len(one.text.split()) for made in statements.values() for one in made}
     assert min(lengths) >= 5
-    assert max(lengths) <= 24
+    assert max(lengths) <= 20
 
 
 def test_all_forms_of_statement_occur(statements: dict[str, list[Statement]]) -> None:
