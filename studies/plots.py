@@ -21,6 +21,7 @@ BLACK = "#000000"
 BLUE = "#0072B2"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MAX_NAMED = 12  # runs in a legend
 LABELS = {"val": "Validation", "test": "Test"}
 
 
@@ -82,7 +83,10 @@ def plot_runs(
     for index, curve in enumerate(curves):
         colour = PALETTE[index % len(PALETTE)]
         marker = MARKERS[(index + index // len(PALETTE)) % len(MARKERS)]
-        _line(axes, curve, metric, colour, marker, label=curve.run, width=1.8, size=6, order=3)
+        label = curve.run if index < MAX_NAMED else None
+        _line(axes, curve, metric, colour, marker, label=label, width=1.8, size=6, order=3)
+    if len(curves) > MAX_NAMED:
+        axes.plot([], [], " ", label=f"{len(curves) - MAX_NAMED} more runs")
     return _save(figure, axes, target)
 
 
@@ -158,7 +162,9 @@ def _save(figure: Figure, axes: Axes, target: Path) -> list[Path]:
         path = target.with_name(f"{target.name}.{suffix}")
         temporary = path.with_name(f".{path.name}")
         metadata = {"Date": None} if suffix == "svg" else {}
-        figure.savefig(temporary, format=suffix, dpi=150, metadata=metadata)
+        # Text stays text, and names inside the file do not change from one drawing to the next.
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "comp"}):
+            figure.savefig(temporary, format=suffix, dpi=150, metadata=metadata)
         temporary.replace(path)
         written.append(path)
     return written

@@ -37,8 +37,8 @@ def test_the_header_has_a_summary_a_command_and_a_time(name: str) -> None:
     assert re.search(r"minute|second|hour|day", header[0])
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_there_is_a_demo_for_every_task(task: str) -> None:
+@pytest.mark.parametrize("task", ["vqa", "nlvr2"])
+def test_a_demo_has_six_trials_or_more_two_at_a_time(task: str) -> None:
     spec = read_spec(f"demo-{task}")
     assert isinstance(spec, StudySpec)
     assert spec.n_trials >= 6
