@@ -19,9 +19,14 @@ from transformers import (
     BlipForQuestionAnswering,
     CLIPConfig,
     CLIPModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     SiglipConfig,
     SiglipModel,
 )
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from comp.cost import Meter
 from comp.handle import PruningHandle
@@ -33,9 +38,15 @@ PAD, BOS, SEP = 0, 1, 2
 VOCABULARY = 40
 IMAGE_SIZE = 32
 MAX_WORDS = 10
+IMAGE_TOKEN = VOCABULARY - 1
 
 ALL_MODES = tuple(PruningMode)
 NO_TEXT_TOKENS = tuple(mode for mode in PruningMode if mode is not PruningMode.LANGUAGE_TOKENS)
+ONE_SEQUENCE = (
+    PruningMode.LANGUAGE_PARAMS,
+    PruningMode.VISION_TOKENS,
+    PruningMode.LANGUAGE_TOKENS,
+)
 NO_CROSS = tuple(mode for mode in PruningMode if mode is not PruningMode.CROSS_PARAMS)
 
 
@@ -85,6 +96,8 @@ def randomise_(model: nn.Module, seed: int) -> nn.Module:
             elif isinstance(module, nn.LayerNorm):
                 module.weight.copy_(1 + noise(module.weight, 0.3))
                 module.bias.copy_(noise(module.bias, 0.2))
+            elif isinstance(module, LlamaRMSNorm):
+                module.weight.copy_(1 + noise(module.weight, 0.3))
             elif isinstance(module, nn.Embedding):
                 module.weight.copy_(noise(module.weight, 1.0))
         for name, parameter in model.named_parameters():
@@ -161,6 +174,34 @@ def siglip_config() -> SiglipConfig:
     """A tiny SigLIP: 3 vision layers and 2 text layers of width 32, heads of width 8."""
     text = {**_TINY_TEXT, "hidden_size": 32, "num_attention_heads": 4, "eos_token_id": SEP}
     return SiglipConfig(text_config={**text, "projection_size": 32}, vision_config=_TINY_VISION)
+
+
+def llava_config(layers: int = 4, groups: int = 2) -> LlavaConfig:
+    """A tiny LLaVA: 16 image tokens, Llama layers of width 32 with 4 query heads of width 8.
+
+    Args:
+        layers: Layers of the language model.
+        groups: Its key/value heads.
+    """
+    text = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=groups,
+        attention_bias=True,
+        mlp_bias=True,
+        vocab_size=VOCABULARY,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=SEP,
+    )
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**_TINY_VISION),
+        text_config=text,
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=16,
+    )
 
 
 def _builder(model_class: Any, text_width: int) -> Callable[[int], nn.Module]:
@@ -283,6 +324,32 @@ def _caption_losses(model: Any, batch: Batch) -> Tensor:
     return _next_word_losses(logits, batch["input_ids"], batch["attention_mask"])
 
 
+def _prompt_batch(size: int, seed: int) -> Batch:
+    """Prompts with an image behind the second word, padded on the right."""
+    batch = _texts(size, seed)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    ids = torch.where(ids == IMAGE_TOKEN, 3, ids)
+    image = torch.full((size, 16), IMAGE_TOKEN)
+    return {
+        "pixel_values": _images(size, seed),
+        "input_ids": torch.cat([ids[:, :2], image, ids[:, 2:]], dim=1),
+        "attention_mask": torch.cat([mask[:, :2], torch.ones_like(image), mask[:, 2:]], dim=1),
+    }
+
+
+def _prompt_outputs(model: Any, batch: Batch) -> Tensor:
+    logits: Tensor = model(**batch).logits
+    return logits * batch["attention_mask"][..., None]
+
+
+def _prompt_losses(model: Any, batch: Batch) -> Tensor:
+    """Cross-entropy of the next word behind every prompt, which follows from its first word."""
+    logits = _prompt_outputs(model, batch)
+    last = batch["attention_mask"].sum(dim=1) - 1
+    rows = logits[torch.arange(len(last), device=last.device), last]
+    return functional.cross_entropy(rows, batch["input_ids"][:, 1] % 2, reduction="none")
+
+
 FAMILIES: dict[str, TinyFamily] = {
     family.name: family
     for family in (
@@ -319,8 +386,19 @@ FAMILIES: dict[str, TinyFamily] = {
             _feature_losses,
             modes=NO_CROSS,
         ),
+        TinyFamily(
+            "llava",
+            lambda seed: randomise_(LlavaForConditionalGeneration(llava_config()), seed),
+            _prompt_batch,
+            _prompt_outputs,
+            _prompt_losses,
+            modes=ONE_SEQUENCE,
+        ),
     )
 }
+
+ENCODER_FAMILIES = [name for name in FAMILIES if name != "llava"]
+"""Those with an encoder for every stream, whose tokens drop by a relative threshold."""
 
 # Not a row of the table: padding changes what SigLIP's texts mean, by its stock code.
 SIGLIP = TinyFamily(

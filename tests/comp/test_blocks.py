@@ -14,6 +14,7 @@ from comp.models import attach
 from comp.modes import Stream
 from tests.comp.naive_blip import NaiveBlip
 from tests.tiny import (
+    ENCODER_FAMILIES,
     FAMILIES,
     TinyFamily,
     TokenRecorder,
@@ -296,6 +297,7 @@ def test_a_sample_alone_gives_the_same_as_in_a_batch(
         assert sorted(counts) == sorted(c for _, one in parts for c in one.counts[layer])
 
 
+@pytest.mark.parametrize("family", ENCODER_FAMILIES, indirect=True)
 def test_the_test_above_meets_samples_of_different_counts(
     family: TinyFamily, handle: PruningHandle
 ) -> None:
@@ -342,6 +344,7 @@ def test_token_counts_never_grow_from_layer_to_layer(
         assert all(b <= a for a, b in zip(counts, after, strict=True))
 
 
+@pytest.mark.parametrize("family", ENCODER_FAMILIES, indirect=True)
 def test_the_minima_hold_under_any_threshold(family: TinyFamily, handle: PruningHandle) -> None:
     handle.thresholds = {Stream.VISION: 1e9, Stream.TEXT: 1e9}
     handle.merge = "drop"
@@ -352,6 +355,7 @@ def test_the_minima_hold_under_any_threshold(family: TinyFamily, handle: Pruning
         assert min(recorder.counts["text.0"]) >= 1 + 3
 
 
+@pytest.mark.parametrize("family", ENCODER_FAMILIES, indirect=True)
 def test_dropping_tokens_drops_them(family: TinyFamily, handle: PruningHandle) -> None:
     rows: list[int] = []
     last = handle.structure.encoders["vision"][-1].feed_forward.inputs[0].linear

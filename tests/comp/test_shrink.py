@@ -14,7 +14,7 @@ from comp.handle import PruningHandle
 from comp.models import attach
 from comp.modes import Stream
 from comp.shrink import apply_plan_, migrate_optimizer_, num_parameters, shrink_
-from tests.tiny import FAMILIES, TinyFamily, measured, random_masks, total_macs
+from tests.tiny import ENCODER_FAMILIES, FAMILIES, TinyFamily, measured, random_masks, total_macs
 
 THRESHOLDS = {Stream.VISION: 0.8, Stream.TEXT: 0.7}
 
@@ -96,6 +96,7 @@ def test_with_cit_the_shrunk_model_keeps_the_same_tokens(
 
 
 @pytest.mark.equations("Eq. 7")
+@pytest.mark.parametrize("family", ENCODER_FAMILIES, indirect=True)
 def test_without_cit_the_shrunk_model_keeps_other_tokens(family: TinyFamily) -> None:
     handle = attach(family.build(0), switches=Method(cip=True, cit=False, schedule="mps"))
     handle.masks = random_masks(handle)
