@@ -77,10 +77,22 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> Clust
 
 def _join(address: str) -> Cluster:
     try:
+        _knock(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         raise ClusterError(_explain(address, error)) from error
     return Cluster(address, owned=True)
+
+
+def _knock(address: str) -> None:
+    """Tries the address first: Ray ends the whole process if nothing answers there.
+
+    Raises:
+        OSError: If nothing does within five seconds.
+    """
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=5.0).close()
 
 
 def _start(num_cpus: int | None) -> Cluster:

@@ -48,6 +48,7 @@ _SETTINGS = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 _BATCH = 1000  # metrics that MLflow accepts in one request
+_LONGEST_PAUSE = 5.0  # seconds between attempts to reach a server that is down
 _PERMANENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE")
 
 
@@ -194,7 +195,7 @@ class MlflowTracker:
                 if self._closing:
                     return
                 self._changed.wait_for(lambda: self._closing, timeout=pause)
-            pause = min(2 * pause, 30.0)
+            pause = min(2 * pause, _LONGEST_PAUSE)
         with contextlib.suppress(TrackingError), self._sending, self._explained():
             self._close_open_runs()
 

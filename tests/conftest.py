@@ -11,6 +11,7 @@ import pytest
 os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_worker_niceness="0",  # Ray's 15 starves them where something else is running too
     MLFLOW_DISABLE_TELEMETRY="true",
     TOKENIZERS_PARALLELISM="false",
 )
