@@ -64,7 +64,7 @@ class BlipAdapter:
         return Structure(self.name, encoders)
 
     def swap_forwards(self, handle: PruningHandle) -> None:
-        """Swaps the forwards of the encoders and of the norm behind the vision encoder."""
+        """Swaps the forwards of the encoders, of the norm behind the image, and of the heads."""
         model: Any = handle.model
         swap_forward(handle, model.vision_model.encoder, _vision_forward)
         swap_forward(handle, model.vision_model.post_layernorm, _norm_forward)
@@ -72,6 +72,17 @@ class BlipAdapter:
             swap_forward(handle, model.text_encoder.encoder, _text_forward)
         if "decoder" in handle.structure.encoders:
             swap_forward(handle, model.text_decoder.bert.encoder, _decoder_forward)
+        for head in _heads(model):
+            swap_forward(handle, head, _head_forward)
+
+
+def _heads(model: Any) -> list[nn.Module]:
+    """Linears behind the encoders that see one row a sample; no mode prunes them."""
+    if isinstance(model, BlipForNLVR):
+        return [model.cls_head[0], model.cls_head[2]]
+    if isinstance(model, BlipForImageTextRetrieval):
+        return [model.vision_proj, model.text_proj, model.itm_head]
+    return []
 
 
 def _vision_blocks(model: Any) -> list[Block]:
@@ -249,8 +260,6 @@ def _text_forward(
         return stock
     contexts = _as_contexts(encoder_hidden_states)
     first = _first_token(hidden_states)
-    if handle.meter is not None and not handle.meter.paused:
-        handle.meter.add_fixed(hidden_states.shape[0] * _text_macs(handle.model, bool(contexts)))
     state = TokenState(
         hidden_states,
         valid=None if attention_mask is None else _visible(attention_mask)[:, 0, 0],
@@ -316,23 +325,19 @@ def _visible(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask == 0
 
 
+def _head_forward(self: Any, rows: Tensor) -> Tensor:
+    """A Linear that counts its rows."""
+    meter = self.pruning.meter
+    if meter is not None and not meter.paused:
+        meter.add_fixed(rows.numel() * self.out_features)
+    output: Tensor = stock_forward(self, rows)
+    return output
+
+
 def _image_macs(model: Any, embeddings: Tensor) -> int:
-    """Multiply-adds of one image outside the blocks: patches and projection head."""
+    """Multiply-adds of one image's patches."""
     vision = model.config.vision_config
-    macs = cost.patch_macs(embeddings.shape[1] - 1, vision.patch_size, vision.hidden_size)
-    if isinstance(model, BlipForImageTextRetrieval):
-        macs += model.vision_proj.in_features * model.vision_proj.out_features
-    return macs
-
-
-def _text_macs(model: Any, has_context: bool) -> int:
-    """Multiply-adds of one text outside the blocks: the classifier or projection head."""
-    heads: list[Any] = []
-    if isinstance(model, BlipForNLVR):
-        heads = [model.cls_head[0], model.cls_head[2]]
-    elif isinstance(model, BlipForImageTextRetrieval):
-        heads = [model.itm_head if has_context else model.text_proj]
-    return sum(head.in_features * head.out_features for head in heads)
+    return cost.patch_macs(embeddings.shape[1] - 1, vision.patch_size, vision.hidden_size)
 
 
 def _word_macs(model: Any) -> int:
