@@ -229,7 +229,7 @@ class Pruner:
         if self._given_dense is not None:
             return replace(self._given_dense, seed=self.config.seed)
         test, _ = self._evaluate(self.model, "test")
-        latency = self._latency(self.model)
+        latency = self._latency(self._dense_model)[1]
         return CurvePoint(
             model=self.model_name,
             task=self.task.name,
@@ -242,8 +242,8 @@ class Pruner:
             val=verdict.metric,
             test=test.metric,
             val_before_tuning=verdict.metric,
-            latency_ms=latency[1],
-            dense_latency_ms=latency[0],
+            latency_ms=latency,
+            dense_latency_ms=latency,
             fine_tuned=0,
             test_ratio=0.0,
         )

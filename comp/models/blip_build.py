@@ -35,7 +35,9 @@ class BlipShape:
 
 def blip_config(shape: BlipShape, tokenizer: PreTrainedTokenizerFast) -> BlipConfig:
     """Returns the stock config of a shape."""
+    # The stock vision config asks for a standard deviation of 1e-10, which no one can train.
     shared = {
+        "initializer_range": 0.5 * shape.width**-0.5,
         "hidden_size": shape.width,
         "intermediate_size": 4 * shape.width,
         "num_attention_heads": shape.heads,
@@ -62,6 +64,7 @@ def blip_config(shape: BlipShape, tokenizer: PreTrainedTokenizerFast) -> BlipCon
         },
         projection_dim=64,
         image_text_hidden_size=64,
+        initializer_range=0.5 * shape.width**-0.5,
     )
 
 
