@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from comp.cost import Measurement
 from comp.handle import PruningHandle, handle_of
 from comp.importance import ActivationStatistics
-from comp.tasks.base import Batch, Evaluation, Task
+from comp.tasks.base import Batch, Evaluation, SplitTask, Task
 
 
 def resolve_device(name: str) -> torch.device:
@@ -90,20 +90,21 @@ def evaluate(
     """
     handle = handle_of(model)
     device = device or torch.device("cpu")
-    metric = loss = 0.0
-    count = 0
+    whole = task if isinstance(task, SplitTask) else None
+    run = task.score if whole is None else whole.features
+    parts: list[tuple[Tensor, ...]] = []
     with evaluating(model), handle.metering() as meter:
         for batch in task.batches(split, batch_size=batch_size, num_samples=num_samples):
             with autocast(device, enabled=mixed):
-                values, losses = task.score(model, to_device(batch, device))
-            metric += float(values.double().sum())
-            loss += float(losses.double().sum())
-            count += values.shape[0]
-        if count == 0:
+                parts.append(run(model, to_device(batch, device)))
+        if not parts:
             raise ValueError(f"split {split!r} of task {task.name!r} is empty")
-        meter.num_samples = count
+        rows = [torch.cat(column) for column in zip(*parts, strict=True)]
+        values, losses = rows if whole is None else whole.score_features(*rows)
+        meter.num_samples = values.shape[0]
         measured = meter.measurement(handle.groups.values(), handle.alive())
-    return Evaluation(100 * metric / count, loss / count, count), measured
+    metric, loss = float(values.double().mean()), float(losses.double().mean())
+    return Evaluation(100 * metric, loss, values.shape[0]), measured
 
 
 def measure_cost(

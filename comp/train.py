@@ -20,6 +20,7 @@ from comp.evaluation import evaluate, resolve_device
 from comp.finetune import train_step
 from comp.models import attach, detach
 from comp.models.blip_build import BlipShape, build_blip
+from comp.models.clip_build import build_clip
 from comp.tasks import build_task, build_tokenizer
 from comp.tasks.base import Task
 
@@ -56,6 +57,7 @@ RECIPES: dict[str, Recipe] = {
     "blip-tiny-nlvr2": Recipe(
         task="nlvr2", steps=4000, batch_size=48, init="blip-tiny-vqa", learning_rate=7e-4
     ),
+    "clip-tiny-retrieval": Recipe(task="retrieval", steps=4000, batch_size=128),
 }
 
 
@@ -112,7 +114,11 @@ def train_dense(
     target = resolve_device(device)
     tokenizer = build_tokenizer()
     task = build_task(recipe.task, tokenizer=tokenizer, image_size=recipe.shape.image_size)
-    model = build_blip(recipe.task, recipe.shape, tokenizer, seed=recipe.seed, init=init)
+    model: nn.Module
+    if recipe.task == "retrieval":
+        model = build_clip(recipe.shape, tokenizer, seed=recipe.seed)
+    else:
+        model = build_blip(recipe.task, recipe.shape, tokenizer, seed=recipe.seed, init=init)
     model.to(target)
     attach(model).stock_when_idle = False
     _fit(model, task, recipe, mixed=mixed, on_step=on_step)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from comp.tasks.names import TASKS
 
 if TYPE_CHECKING:
-    from comp.tasks.base import Batch, Evaluation, Task
+    from comp.tasks.base import Batch, Evaluation, SplitTask, Task
     from comp.tasks.build import build_task
     from comp.tasks.nlvr import NlvrTask
+    from comp.tasks.retrieval import RetrievalTask
     from comp.tasks.text import build_tokenizer
     from comp.tasks.vqa import VqaTask
 
@@ -19,6 +20,8 @@ _HOMES = {
     "Batch": "comp.tasks.base",
     "Evaluation": "comp.tasks.base",
     "NlvrTask": "comp.tasks.nlvr",
+    "RetrievalTask": "comp.tasks.retrieval",
+    "SplitTask": "comp.tasks.base",
     "Task": "comp.tasks.base",
     "VqaTask": "comp.tasks.vqa",
     "build_task": "comp.tasks.build",
@@ -30,6 +33,8 @@ __all__ = [
     "Batch",
     "Evaluation",
     "NlvrTask",
+    "RetrievalTask",
+    "SplitTask",
     "Task",
     "VqaTask",
     "build_task",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -68,5 +68,28 @@ class Task(Protocol):
 
         Runs under ``no_grad`` in eval mode. A forward pass that deployment would not run (the loss
         of a generative model, say) stands inside ``comp.blocks.unmetered(model)``.
+        """
+        ...
+
+
+@runtime_checkable
+class SplitTask(Task, Protocol):
+    """A task whose metric compares every sample with all others of a split, as retrieval does.
+
+    ``score`` then judges within a batch, which is enough to measure a cost or collect
+    statistics; ``comp.evaluation.evaluate`` collects features over the split instead.
+    """
+
+    def features(self, model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+        """Returns what the metric needs of every sample, each ``(B, ...)``.
+
+        Called as ``score`` is.
+        """
+        ...
+
+    def score_features(self, *features: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns metric and loss of every sample of a split, each ``(S,)``, as ``score`` does.
+
+        The arguments are the features of all batches, ``(S, ...)``.
         """
         ...

@@ -1,6 +1,9 @@
 """From a task's name to the task on the embedded data set."""
 
+from collections.abc import Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from comp.config import nearest
 from comp.data.openmoji import OpenMoji, load_openmoji
@@ -8,6 +11,8 @@ from comp.tasks.base import Task
 from comp.tasks.names import TASKS
 from comp.tasks.nlvr import NlvrTask
 from comp.tasks.questions import all_answers, make_questions
+from comp.tasks.retrieval import RetrievalTask
+from comp.tasks.scenes import make_scenes, render_scenes
 from comp.tasks.statements import make_statements
 from comp.tasks.text import TextTokenizer
 from comp.tasks.vqa import VqaTask
@@ -15,6 +20,7 @@ from comp.tasks.vqa import VqaTask
 _NUM_SAMPLES = {
     "vqa": {"train": 30_000, "val": 3_000, "test": 3_000},
     "nlvr2": {"train": 40_000, "val": 3_000, "test": 3_000},
+    "retrieval": {"train": 20_000, "val": 1_000, "test": 1_000},
 }
 
 
@@ -55,6 +61,8 @@ def build_task(
         numbers["train"] = num_train
     if name == "vqa":
         return _vqa(openmoji, tokenizer, numbers, augment=augment, seed=seed)
+    if name == "retrieval":
+        return _retrieval(openmoji, tokenizer, numbers, augment=augment, seed=seed)
     return _nlvr(openmoji, tokenizer, numbers, augment=augment, seed=seed)
 
 
@@ -87,3 +95,23 @@ def _nlvr(
         for split, number in numbers.items()
     }
     return NlvrTask(statements, openmoji.pixels, tokenizer, augment=augment)
+
+
+def _retrieval(
+    openmoji: OpenMoji,
+    tokenizer: TextTokenizer,
+    numbers: dict[str, int],
+    *,
+    augment: bool,
+    seed: int,
+) -> RetrievalTask:
+    scenes = {
+        split: make_scenes(openmoji.drawings, split, num_scenes=number, seed=seed)
+        for split, number in numbers.items()
+    }
+
+    def images(split: str, indexes: Sequence[int]) -> Tensor:
+        return render_scenes([scenes[split][index] for index in indexes], openmoji.pixels)
+
+    captions = {split: [scene.captions for scene in made] for split, made in scenes.items()}
+    return RetrievalTask(captions, images, tokenizer, augment=augment)
