@@ -19,7 +19,6 @@ from transformers import (
     BlipForQuestionAnswering,
     CLIPConfig,
     CLIPModel,
-    CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -197,7 +196,7 @@ def llava_config(layers: int = 4, groups: int = 2) -> LlavaConfig:
         eos_token_id=SEP,
     )
     return LlavaConfig(
-        vision_config=CLIPVisionConfig(**_TINY_VISION),
+        vision_config={"model_type": "clip_vision_model", **_TINY_VISION},
         text_config=text,
         image_token_index=IMAGE_TOKEN,
         image_seq_length=16,
