@@ -32,6 +32,8 @@ class VqaTask:
 
     Attributes:
         answers: All candidate answers; ``answer_index`` of a batch points into them.
+        questions: Questions by split.
+        pixels: All images, ``(U, 3, H, W)``, uint8.
     """
 
     name = "vqa"
@@ -49,7 +51,7 @@ class VqaTask:
     ) -> None:
         self.answers = tuple(answers)
         self.questions = {split: tuple(asked) for split, asked in questions.items()}
-        self._pixels = pixels
+        self.pixels = pixels
         self._augment = augment
         self._top_k = min(top_k, len(self.answers))
         self._pad_id = int(tokenizer.pad_token_id or 0)
@@ -161,7 +163,7 @@ class VqaTask:
         return functional.log_softmax(logits.float(), dim=-1)
 
     def _images(self, split: str, indexes: Sequence[int]) -> Tensor:
-        return self._pixels[[self.questions[split][index].image for index in indexes]]
+        return self.pixels[[self.questions[split][index].image for index in indexes]]
 
     def _batch(self, split: str, indexes: Sequence[int], pixels: Tensor) -> Batch:
         texts = [self._text_ids[split][index] for index in indexes]
