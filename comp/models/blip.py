@@ -28,6 +28,7 @@ from comp.blocks import (
     run_blocks,
 )
 from comp.handle import PruningHandle, Structure, stock_forward, swap_forward
+from comp.models.base import counted_linear
 from comp.models.blip_nlvr import BlipForNLVR, TwinCrossAttention
 from comp.modes import PruningMode, Stream
 
@@ -73,7 +74,7 @@ class BlipAdapter:
         if "decoder" in handle.structure.encoders:
             swap_forward(handle, model.text_decoder.bert.encoder, _decoder_forward)
         for head in _heads(model):
-            swap_forward(handle, head, _head_forward)
+            swap_forward(handle, head, counted_linear)
 
 
 def _heads(model: Any) -> list[nn.Module]:
@@ -323,15 +324,6 @@ def _as_contexts(encoder_hidden_states: Any) -> tuple[Tensor, ...]:
 def _visible(mask: Tensor) -> Tensor:
     """Turns an additive or bool attention mask into a bool one."""
     return mask if mask.dtype == torch.bool else mask == 0
-
-
-def _head_forward(self: Any, rows: Tensor) -> Tensor:
-    """A Linear that counts its rows."""
-    meter = self.pruning.meter
-    if meter is not None and not meter.paused:
-        meter.add_fixed(rows.numel() * self.out_features)
-    output: Tensor = stock_forward(self, rows)
-    return output
 
 
 def _image_macs(model: Any, embeddings: Tensor) -> int:

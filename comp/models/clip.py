@@ -24,6 +24,7 @@ from comp.blocks import (
     run_blocks,
 )
 from comp.handle import PruningHandle, Structure, stock_forward, swap_forward
+from comp.models.base import counted_linear
 from comp.modes import PruningMode, Stream
 
 
@@ -47,12 +48,14 @@ class ClipAdapter:
         return Structure(self.name, encoders, merges=frozenset({Stream.VISION}))
 
     def swap_forwards(self, handle: PruningHandle) -> None:
-        """Swaps the vision encoder's forward and the text model's, which does the pooling."""
+        """Swaps the vision encoder's forward, the text model's, which pools, and projections."""
         model: Any = handle.model
         if "vision" in handle.structure.encoders:
             swap_forward(handle, model.vision_model.encoder, _vision_forward)
+            swap_forward(handle, model.visual_projection, counted_linear)
         if "text" in handle.structure.encoders:
             swap_forward(handle, model.text_model, _text_forward)
+            swap_forward(handle, model.text_projection, counted_linear)
 
 
 def encoder_blocks(encoder: Any, stream: Stream) -> list[Block]:
@@ -117,7 +120,11 @@ def _vision_forward(self: Any, inputs_embeds: Tensor, **kwargs: Any) -> BaseMode
         output: BaseModelOutput = stock_forward(self, inputs_embeds, **kwargs)
         return output
     if handle.meter is not None and not handle.meter.paused:
-        handle.meter.add_fixed(inputs_embeds.shape[0] * _image_macs(handle.model, inputs_embeds))
+        model: Any = handle.model
+        config = model.vision_model.config
+        batch, tokens, width = inputs_embeds.shape
+        macs = cost.patch_macs(tokens - 1, config.patch_size, width, config.num_channels)
+        handle.meter.add_fixed(batch * macs)
     first = torch.zeros_like(inputs_embeds[..., 0], dtype=torch.bool)
     first[:, 0] = True
     state = TokenState(inputs_embeds, pooled=first, protected=first)
@@ -143,10 +150,6 @@ def _text_forward(
             **kwargs,
         )
         return output
-    if handle.meter is not None and not handle.meter.paused:
-        projection: Any = handle.model.text_projection
-        macs = projection.in_features * projection.out_features
-        handle.meter.add_fixed(input_ids.shape[0] * macs)
     length = input_ids.shape[-1]
     bias = torch.ones(1, 1, length, length, dtype=torch.bool, device=input_ids.device).tril()
     pooled = F.one_hot(_end_of_text(self, input_ids), length).bool()
@@ -171,12 +174,3 @@ def _end_of_text(text_model: Any, input_ids: Tensor) -> Tensor:
         return input_ids.int().argmax(dim=-1)
     is_end: Tensor = input_ids == text_model.eos_token_id
     return is_end.int().argmax(dim=-1)
-
-
-def _image_macs(model: Any, embeddings: Tensor) -> int:
-    """Multiply-adds of one image outside the blocks: patches and projection."""
-    config = model.vision_model.config
-    projection = model.visual_projection
-    return cost.patch_macs(
-        embeddings.shape[1] - 1, config.patch_size, config.hidden_size, config.num_channels
-    ) + int(projection.in_features * projection.out_features)

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from comp import cost
 from comp.blocks import TokenState, run_blocks
 from comp.handle import PruningHandle, Structure, stock_forward, swap_forward
+from comp.models.base import counted_linear
 from comp.models.clip import encoder_blocks, pooled_rows
 from comp.modes import Stream
 
@@ -35,10 +36,11 @@ class SiglipAdapter:
         return Structure(self.name, encoders)
 
     def swap_forwards(self, handle: PruningHandle) -> None:
-        """Swaps the forwards of both towers, which pool."""
+        """Swaps the forwards of both towers, which pool, and of the text's head."""
         model: Any = handle.model
         swap_forward(handle, model.vision_model, _vision_forward)
         swap_forward(handle, model.text_model, _text_forward)
+        swap_forward(handle, model.text_model.head, counted_linear)
 
 
 def _vision_forward(
@@ -92,9 +94,6 @@ def _text_forward(
             **kwargs,
         )
         return output
-    if handle.meter is not None and not handle.meter.paused:
-        macs = self.head.in_features * self.head.out_features
-        handle.meter.add_fixed(input_ids.shape[0] * macs)
     last = torch.zeros_like(input_ids, dtype=torch.bool)
     last[:, -1] = True
     state = TokenState(
