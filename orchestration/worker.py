@@ -90,7 +90,7 @@ def _runner(name: str) -> Runner:
 
 
 def prune(job: Job, directory: RunDirectory) -> Iterator[Record]:
-    """The default runner: prunes a model from where ``directory`` left off.
+    """The default runner: loads what the job names, and prunes or measures it.
 
     Yields:
         The records that are new.
@@ -98,29 +98,47 @@ def prune(job: Job, directory: RunDirectory) -> Iterator[Record]:
     import torch
 
     torch.set_num_threads(job.threads)
+    loaded, task = _load(job.model, job.task, job.data)
+    work = measure_dense if job.kind == "dense" else prune_loaded
     try:
-        yield from (
-            _measure_dense(job, directory) if job.kind == "dense" else _prune(job, directory)
-        )
+        yield from work(job, directory, loaded, task)
     finally:
         gc.collect()  # hooks make cycles, and the next run in this process needs the memory
 
 
-def _measure_dense(job: Job, directory: RunDirectory) -> Iterator[Record]:
+def measure_dense(
+    job: Job, directory: RunDirectory, loaded: "LoadedModel", task: "Task"
+) -> Iterator[Record]:
+    """Yields the point of a dense model, which stays as it is, unless it is on disk already."""
     from comp.pruner import evaluate_dense
 
-    if directory.records:
-        return
-    loaded, task = _load(job.model, job.task, job.data)
-    model = copy.deepcopy(loaded.model)
-    yield directory.append(evaluate_dense(model, task, job.pruning_config, model_name=loaded.name))
+    if not directory.records:
+        model = copy.deepcopy(loaded.model)
+        config = job.pruning_config
+        yield directory.append(evaluate_dense(model, task, config, model_name=loaded.name))
 
 
-def _prune(job: Job, directory: RunDirectory) -> Iterator[Record]:
+def prune_loaded(
+    job: Job, directory: RunDirectory, loaded: "LoadedModel", task: "Task"
+) -> Iterator[Record]:
+    """Prunes a copy of a model from where ``directory`` left off.
+
+    Args:
+        job: Gives the config and the dense point.
+        directory: Takes records, checkpoints and finished models.
+        loaded: The dense model; stays as it is.
+        task: The task.
+
+    Yields:
+        The records that are new.
+
+    Raises:
+        BudgetUnreachable: If the kept minima forbid a ratio.
+        NanLoss: If the loss stops being finite.
+    """
     from comp.checkpoint import save_pruned
     from comp.pruner import Pruner
 
-    loaded, task = _load(job.model, job.task, job.data)
     pruner = Pruner(
         copy.deepcopy(loaded.model),
         task,
@@ -145,8 +163,13 @@ def _prune(job: Job, directory: RunDirectory) -> Iterator[Record]:
 
 def _card(job: Job, loaded: "LoadedModel", point: CurvePoint) -> dict[str, Any]:
     """Returns what is known of a finished model; ``comp.models.load_model`` reads it back."""
-    own = {"task": job.task, "run": job.run_id, "pruned_from": loaded.name}
-    return loaded.card | own | {"point": point.to_dict()}
+    return {
+        "task": job.task,
+        "license": loaded.card.get("license", ""),
+        "run": job.run_id,
+        "point": point.to_dict(),
+        "dense": {"name": loaded.name, **loaded.card},
+    }
 
 
 def model_name(ratio: float) -> str:
