@@ -96,6 +96,7 @@ class PruningConfig:
         batch_size: Training batch size.
         max_grad_norm: Gradient norm above which gradients are clipped.
         fine_tune_steps: Steps of fine-tuning after the shrink, for every ratio.
+        fine_tune_checks: Validations spread over the fine-tuning, of which the best is kept.
         fine_tune_learning_rate: Peak of the cosine; ``None`` means ``learning_rate``.
         val_metric: What a mode's cost is measured in: the task's metric or minus its loss.
         cost: What a mode's accuracy loss is divided by: the FLOPs it removed (the paper's), or,
@@ -142,6 +143,7 @@ class PruningConfig:
     batch_size: int = 32
     max_grad_norm: float = 1.0
     fine_tune_steps: int = 1000
+    fine_tune_checks: int = 4
     fine_tune_learning_rate: float | None = None
     val_metric: Literal["metric", "neg_loss"] = "neg_loss"
     cost: Literal["macs", "params", "latency"] = "macs"
@@ -274,6 +276,7 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("batch_size", 1, 1_000_000),
     ("max_grad_norm", 1e-9, 1e9),
     ("fine_tune_steps", 0, 100_000_000),
+    ("fine_tune_checks", 1, 1_000),
     ("fine_tune_learning_rate", 0.0, 10.0),
     ("eval_samples", 1, 100_000_000),
     ("test_samples", 1, 100_000_000),

@@ -73,7 +73,6 @@ def fine_tune_(
     target_macs: float,
     dense_macs: float,
     batches: Iterable[dict[str, Tensor]],
-    checks: int = 4,
     on_step: Callable[[int, float], None] | None = None,
 ) -> FineTuned:
     """Fine-tunes a shrunk model in place and keeps the best weights by validation.
@@ -88,7 +87,6 @@ def fine_tune_(
         target_macs: Mean multiply-adds per sample to stay at.
         dense_macs: The dense model's, which the tolerance is a share of.
         batches: Training batches.
-        checks: Evaluations spread over the steps; the last is after the last step.
         on_step: Called with step and loss.
 
     Returns:
@@ -97,7 +95,7 @@ def fine_tune_(
     Raises:
         RuntimeError: If the loss stops being finite.
     """
-    steps = config.fine_tune_steps
+    steps, checks = config.fine_tune_steps, config.fine_tune_checks
     peak = config.fine_tune_learning_rate or config.learning_rate
     optimizer = make_optimizer(model, config)
     due = {math.ceil(steps * i / checks) for i in range(1, checks + 1)} if steps else set()
