@@ -11,6 +11,7 @@ from comp.tasks.names import TASKS
 if TYPE_CHECKING:
     from comp.tasks.base import Batch, Evaluation, SplitTask, Task
     from comp.tasks.build import build_task
+    from comp.tasks.instruct import InstructTask
     from comp.tasks.nlvr import NlvrTask
     from comp.tasks.retrieval import RetrievalTask
     from comp.tasks.text import build_tokenizer
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Batch": "comp.tasks.base",
     "Evaluation": "comp.tasks.base",
+    "InstructTask": "comp.tasks.instruct",
     "NlvrTask": "comp.tasks.nlvr",
     "RetrievalTask": "comp.tasks.retrieval",
     "SplitTask": "comp.tasks.base",
@@ -32,6 +34,7 @@ __all__ = [
     "TASKS",
     "Batch",
     "Evaluation",
+    "InstructTask",
     "NlvrTask",
     "RetrievalTask",
     "SplitTask",

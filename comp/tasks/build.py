@@ -8,6 +8,7 @@ from torch import Tensor
 from comp.config import nearest
 from comp.data.openmoji import OpenMoji, load_openmoji
 from comp.tasks.base import Task
+from comp.tasks.instruct import InstructTask, make_conversations
 from comp.tasks.names import TASKS
 from comp.tasks.nlvr import NlvrTask
 from comp.tasks.questions import all_answers, make_questions
@@ -21,6 +22,7 @@ _NUM_SAMPLES = {
     "vqa": {"train": 30_000, "val": 3_000, "test": 3_000},
     "nlvr2": {"train": 40_000, "val": 3_000, "test": 3_000},
     "retrieval": {"train": 20_000, "val": 1_000, "test": 1_000},
+    "instruct": {"train": 30_000, "val": 3_000, "test": 3_000},  # questions
 }
 
 
@@ -63,6 +65,8 @@ def build_task(
         return _vqa(openmoji, tokenizer, numbers, augment=augment, seed=seed)
     if name == "retrieval":
         return _retrieval(openmoji, tokenizer, numbers, augment=augment, seed=seed)
+    if name == "instruct":
+        return _instruct(openmoji, tokenizer, numbers, augment=augment, seed=seed)
     return _nlvr(openmoji, tokenizer, numbers, augment=augment, seed=seed)
 
 
@@ -115,3 +119,20 @@ def _retrieval(
 
     captions = {split: [scene.captions for scene in made] for split, made in scenes.items()}
     return RetrievalTask(captions, images, tokenizer, augment=augment)
+
+
+def _instruct(
+    openmoji: OpenMoji,
+    tokenizer: TextTokenizer,
+    numbers: dict[str, int],
+    *,
+    augment: bool,
+    seed: int,
+) -> InstructTask:
+    conversations = {
+        split: make_conversations(
+            make_questions(openmoji.drawings, split, num_questions=number, seed=seed)
+        )
+        for split, number in numbers.items()
+    }
+    return InstructTask(conversations, openmoji.pixels, tokenizer, augment=augment)
