@@ -61,14 +61,11 @@ class PrunerActor:
 
     def __init__(self) -> None:
         self._preempted = False
-        self._busy = False
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
         """Lets the current stage become durable; there usually are 30 seconds left."""
         self._preempted = True
-        if not self._busy:
-            raise SystemExit(0)
 
     def where(self) -> Place:
         """Returns where this actor lives, once it has nothing else to do."""
@@ -76,11 +73,7 @@ class PrunerActor:
 
     def run(self, job: Job) -> Iterator[worker.Item]:
         """Yields the job's stream; see ``worker.run``."""
-        self._busy = True
-        try:
-            yield from worker.run(job, stop=self._stop)
-        finally:
-            self._busy = False
+        yield from worker.run(job, stop=self._stop)
 
     def _stop(self) -> FailureKind | None:
         if self._preempted:

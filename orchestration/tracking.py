@@ -252,9 +252,10 @@ class MlflowTracker:
             logging.getLogger(name).setLevel(logging.WARNING)
         artifacts = None
         with _only_one_process(self._uri) as database:
-            client = MlflowClient(tracking_uri=self._uri)
             if database is not None:
                 artifacts = (database.parent / "mlflow-artifacts").absolute().as_uri()
+                _make_tables(database)
+            client = MlflowClient(tracking_uri=self._uri)
             found = client.get_experiment_by_name(self._experiment)
             if found is None:
                 tags = {"comp.study": self._experiment}
@@ -419,7 +420,7 @@ def _metric(key: str, value: float, time_ms: int, step: int) -> "Metric":
 
 @contextlib.contextmanager
 def _only_one_process(uri: str) -> Iterator[Path | None]:
-    """Gives the file of an SQLite store, locked: two migrations at once would ruin it."""
+    """Gives the file of an SQLite store, locked against other processes of ours."""
     if not uri.startswith("sqlite:"):
         yield None
         return
@@ -428,3 +429,19 @@ def _only_one_process(uri: str) -> Iterator[Path | None]:
     with database.with_name(f".{database.name}.lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield database
+
+
+def _make_tables(database: Path) -> None:
+    """Makes a fresh SQLite store under another name and then gives it its own.
+
+    MLflow's migrations take seconds, and neither a second process nor an end in the middle does
+    them any good: what is left then cannot be opened again.
+    """
+    if database.exists():
+        return
+    from mlflow.tracking import MlflowClient
+
+    unfinished = database.with_name(f".{database.name}.new")
+    unfinished.unlink(missing_ok=True)
+    MlflowClient(tracking_uri=f"sqlite:///{unfinished}").search_experiments(max_results=1)
+    unfinished.rename(database)

@@ -34,16 +34,23 @@ import sys
 from orchestration.tracking import MlflowTracker
 tracker = MlflowTracker(sys.argv[1], "first")
 tracker.touch(sys.argv[2])
-sys.exit(len(tracker.close()))
+sys.exit(len(tracker.close(timeout=120)))
 """
 
 
 @pytest.fixture(scope="module")
 def first_touch(tmp_path_factory: pytest.TempPathFactory) -> "subprocess.CompletedProcess[str]":
-    """A fresh SQLite store, made by a process that sends one run and ends; args[-2] is its URI."""
+    """A fresh SQLite store, made by a process that sends one run and ends; args[-2] is its URI.
+
+    Another process before it was killed while it made the store.
+    """
     root = tmp_path_factory.mktemp("mlflow")
     job = finished(make_job(root))
     command = [sys.executable, "-c", MIRROR, f"sqlite:///{root}/mlflow.db", job.run_dir]
+    with subprocess.Popen(command) as killed:
+        while not (root / ".mlflow.db.new").exists() and killed.poll() is None:
+            time.sleep(0.01)
+        killed.kill()
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -92,7 +99,8 @@ def test_numbers_that_are_none_are_left_out() -> None:
     assert not names & {"val_before_tuning", "speed_up"}
 
 
-def test_a_fresh_store_is_made_without_a_word(
+@pytest.mark.chaos
+def test_a_store_is_made_without_a_word_even_after_a_kill_while_it_was_made(
     first_touch: "subprocess.CompletedProcess[str]",
 ) -> None:
     assert (first_touch.returncode, first_touch.stdout, first_touch.stderr) == (0, "", "")
