@@ -24,6 +24,8 @@ class Method:
         schedule: How the mode of a stage is chosen.
         parameters: Whether parameters are pruned at all.
         tokens: Whether tokens are pruned at all.
+        parameter_score: ``"wanda"`` scores units by Eq. 3 or 4, ``"gradient"`` as UPop does
+            (``comp.upop``).
     """
 
     cip: bool
@@ -31,6 +33,7 @@ class Method:
     schedule: Schedule
     parameters: bool = True
     tokens: bool = True
+    parameter_score: Literal["wanda", "gradient"] = "wanda"
 
 
 METHODS: dict[str, Method] = {
@@ -39,6 +42,9 @@ METHODS: dict[str, Method] = {
     "cas": Method(cip=True, cit=True, schedule="cas"),
     "cas_re": Method(cip=True, cit=True, schedule="cas_re"),
     "lookahead": Method(cip=True, cit=True, schedule="lookahead"),
+    "upop": Method(
+        cip=False, cit=False, schedule="joint", tokens=False, parameter_score="gradient"
+    ),
     "param": Method(cip=False, cit=False, schedule="joint", tokens=False),
     "token": Method(cip=False, cit=False, schedule="joint", parameters=False),
     "sjp": Method(cip=False, cit=False, schedule="joint"),
@@ -82,6 +88,7 @@ class PruningConfig:
         cip: Overrides the method's switch.
         cit: Overrides the method's switch.
         schedule: Overrides the method's switch.
+        parameter_score: Overrides the method's switch.
         modes: Restricts the run to these modes; ``None`` means all the family has.
         mask_site: ``"qkv"`` multiplies head masks into q, k and v (Eq. 2), ``"context"`` into
             the attention output.
@@ -131,6 +138,7 @@ class PruningConfig:
     cip: bool | None = None
     cit: bool | None = None
     schedule: Schedule | None = None
+    parameter_score: Literal["wanda", "gradient"] | None = None
     modes: tuple[str, ...] | None = None
     mask_site: Literal["qkv", "context"] = "qkv"
     merge: Literal["auto", "summary", "drop"] = "auto"
@@ -205,7 +213,7 @@ class PruningConfig:
         method = METHODS[self.method]
         own = {
             name: getattr(self, name)
-            for name in ("cip", "cit", "schedule")
+            for name in ("cip", "cit", "schedule", "parameter_score")
             if getattr(self, name) is not None
         }
         return dataclasses.replace(method, **own)
@@ -245,6 +253,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
         "tokens_first",
         "params_first",
     ),
+    "parameter_score": (None, "wanda", "gradient"),
     "mask_site": ("qkv", "context"),
     "merge": ("auto", "summary", "drop"),
     "val_metric": ("metric", "neg_loss"),

@@ -86,28 +86,48 @@ def rank_units(
     statistics: ActivationStatistics,
     masks: Mapping[str, Tensor],
 ) -> list[RankedUnit]:
-    """Ranks the alive units of some groups, least important first.
+    """Ranks the alive units of some groups by their activations, least important first.
 
     Args:
         groups: The groups that compete.
         statistics: Activations behind the scores.
         masks: Masks that are in force; units at 0 are left out.
     """
+    scores = {g.name: unit_scores(g, statistics) for g in groups if g.name in statistics.sums}
+    return rank_scores(groups, scores, masks)
+
+
+def rank_scores(
+    groups: Sequence[UnitGroup],
+    scores: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+) -> list[RankedUnit]:
+    """Ranks the alive units of some groups by given scores, lowest first.
+
+    Heads and channels are standardised each for themselves, over all groups that compete.
+
+    Args:
+        groups: The groups that compete.
+        scores: Group name to scores ``(units,)``; a group without scores is left out.
+        masks: Masks that are in force; units at 0 are left out.
+
+    Source: UPop (arXiv 2301.13741), the unified ranking.
+    """
     ranked: list[RankedUnit] = []
     for kind in ("head", "channel"):
         names: list[tuple[str, int]] = []
-        scores: list[Tensor] = []
+        values: list[Tensor] = []
         for group in groups:
-            if group.kind != kind or group.name not in statistics.sums:
+            if group.kind != kind or group.name not in scores:
                 continue
             alive = torch.arange(group.num_units)
             if group.name in masks:
                 alive = masks[group.name].cpu().nonzero().flatten()
-            scores.append(unit_scores(group, statistics).cpu()[alive])
+            values.append(scores[group.name].cpu()[alive])
             names += [(group.name, int(unit)) for unit in alive]
         if names:
             for (name, unit), score in zip(
-                names, standardise(torch.cat(scores)).tolist(), strict=True
+                names, standardise(torch.cat(values)).tolist(), strict=True
             ):
                 ranked.append(RankedUnit(name, unit, score))
     return sorted(ranked, key=lambda entry: (entry.score, entry.group, entry.unit))

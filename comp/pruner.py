@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from comp.blocks import UnitGroup
 from comp.config import PruningConfig
 from comp.cost import Measurement
 from comp.errors import BudgetUnreachable, NanLoss
@@ -31,11 +32,13 @@ from comp.evaluation import (
 from comp.finetune import fine_tune_, make_optimizer, train_step
 from comp.handle import PruningHandle, handle_of
 from comp.masks import (
+    RankedUnit,
     UnitChoice,
     choose_units,
     fade_,
     mask_value,
     obtainable_macs,
+    rank_scores,
     rank_units,
 )
 from comp.measure import compare_latency
@@ -45,6 +48,7 @@ from comp.results import CurvePoint, PruningResult, StageRecord
 from comp.shrink import migrate_optimizer_, num_parameters, shrink_
 from comp.strategy import FixedStrategy, LookaheadStrategy, MultiModeStrategy, Strategy
 from comp.tasks.base import Task
+from comp.upop import gradient_scores
 
 MAX_PROBES = 12
 MAX_THRESHOLD = 64.0
@@ -362,7 +366,7 @@ class Pruner:
         threshold = max(thresholds.values()) if thresholds else choice.threshold
         return _Raise(choice, thresholds, threshold, macs)
 
-    def _groups(self, modes: list[PruningMode]) -> list[Any]:
+    def _groups(self, modes: list[PruningMode]) -> list[UnitGroup]:
         return [group for group in self.handle.groups.values() if group.mode in modes]
 
     def _obtainable(self, mode: PruningMode) -> float:
@@ -380,14 +384,8 @@ class Pruner:
         return now - self._probe({mode.stream: math.inf})
 
     def _pick_units(self, modes: list[PruningMode], quantum: float) -> UnitChoice:
-        statistics, cost = collect_statistics(
-            self.handle,
-            self.task,
-            self._train_samples(self.config.calibration_samples),
-            mixed=self.config.autocast,
-        )
         groups = self._groups(modes)
-        ranking = rank_units(groups, statistics, self.handle.masks)
+        ranking, cost = self._rank(groups)
         return choose_units(
             ranking,
             self.handle.groups,
@@ -397,6 +395,18 @@ class Pruner:
             min_heads=self.config.min_heads,
             min_channels=self.config.min_channels,
         )
+
+    def _rank(self, groups: list[UnitGroup]) -> tuple[list[RankedUnit], Measurement]:
+        """Ranks units by the method's score and measures what they cost on the same samples."""
+        count, mixed = self.config.calibration_samples, self.config.autocast
+        if self.config.switches.parameter_score == "gradient":
+            scores = gradient_scores(self.handle, self.task, self._train_samples(count))
+            cost = measure_cost(self.model, self.task, self._train_samples(count), mixed=mixed)
+            return rank_scores(groups, scores, self.handle.masks), cost
+        statistics, cost = collect_statistics(
+            self.handle, self.task, self._train_samples(count), mixed=mixed
+        )
+        return rank_units(groups, statistics, self.handle.masks), cost
 
     def _pick_thresholds(
         self, modes: list[PruningMode], quantum: float, *, coarse: bool
