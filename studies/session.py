@@ -21,6 +21,8 @@ from studies.objectives import objective_value
 from studies.spec import PruneSpec, RunSpec, StudySpec
 from studies.stopping import StopSwitch, stop_on_signals
 
+CLOSE_SECONDS = 30.0  # without any progress, after which MLflow is left as it is
+
 
 def conduct_study(
     spec: StudySpec, *, inline: bool = False, runner: str = DEFAULT_RUNNER
@@ -122,7 +124,7 @@ def mirroring(spec: RunSpec, experiment: str) -> Iterator[Consumer]:
     try:
         yield mirror
     finally:
-        tracker.close()
+        tracker.close(timeout=CLOSE_SECONDS)
 
 
 def open_tracker(spec: RunSpec, experiment: str) -> Tracker:

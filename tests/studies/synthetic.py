@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -184,3 +185,10 @@ def make_spec(root: Path, *overrides: str) -> StudySpec:
     spec = spec_of(override({**STUDY, "root": str(root)}, overrides))
     assert isinstance(spec, StudySpec)
     return spec
+
+
+def prune_slowly(job: Job, directory: RunDirectory) -> Iterator[Record]:
+    """Like ``prune``, a fiftieth of a second a record."""
+    for record in prune(job, directory):
+        time.sleep(0.02)
+        yield record

@@ -40,9 +40,7 @@ def test_a_root_stands_for_all_its_runs(root: Path) -> None:
 
 
 def test_an_unknown_name_names_the_nearest(root: Path) -> None:
-    with pytest.raises(
-        SpecError, match=r"is no run directory.*did you mean 's-0000-s"
-    ):
+    with pytest.raises(SpecError, match=r"is no run directory.*did you mean 's-0000-s"):
         find_runs(["s-0000-s1"], root)
 
 
