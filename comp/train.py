@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
+from comp.align import align_
 from comp.checkpoint import load_pruned, save_pruned
 from comp.config import PruningConfig, nearest
+from comp.data.openmoji import load_openmoji
 from comp.evaluation import evaluate, resolve_device
 from comp.finetune import train_step
 from comp.models import attach, detach
@@ -24,8 +26,6 @@ from comp.models.blip_build import BlipShape, build_blip
 from comp.models.clip_build import build_clip
 from comp.tasks import build_task, build_tokenizer
 from comp.tasks.base import Task
-from comp.tasks.nlvr import NlvrTask
-from comp.tasks.vqa import VqaTask
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Recipe:
         warmup: Warm-up steps.
         weight_decay: AdamW weight decay.
         init: Preset whose weights to start from, if any.
-        single_image_steps: Steps on yes-or-no questions about one image shown twice, before the
-            statements about pairs; NLVR2 only.
+        align_steps: Steps of ``comp.align`` on phrases about single images, before the task;
+            NLVR2 only.
         seed: Seed of weights, data order and dropout.
         shape: Sizes of the model.
     """
@@ -53,7 +53,7 @@ class Recipe:
     warmup: int = 200
     weight_decay: float = 0.05
     init: str | None = None
-    single_image_steps: int = 0
+    align_steps: int = 0
     seed: int = 0
     shape: BlipShape = field(default_factory=BlipShape)
 
@@ -62,11 +62,12 @@ RECIPES: dict[str, Recipe] = {
     "blip-tiny-vqa": Recipe(task="vqa", steps=4000),
     "blip-tiny-nlvr2": Recipe(
         task="nlvr2",
-        steps=3000,
-        batch_size=48,
-        learning_rate=5e-4,
+        steps=1800,
+        batch_size=40,
+        learning_rate=7e-4,
+        warmup=100,
         init="blip-tiny-vqa",
-        single_image_steps=400,
+        align_steps=900,
     ),
     "clip-tiny-retrieval": Recipe(task="retrieval", steps=4000, batch_size=128),
 }
@@ -132,12 +133,21 @@ def train_dense(
         model = build_blip(recipe.task, recipe.shape, tokenizer, seed=recipe.seed, init=init)
     model.to(target)
     attach(model).stock_when_idle = False
-    if recipe.single_image_steps:
-        size = recipe.shape.image_size
-        questions = build_task("vqa", tokenizer=tokenizer, image_size=size)
-        first = NlvrTask.from_questions(cast(VqaTask, questions), tokenizer)
-        brief = replace(recipe, steps=recipe.single_image_steps, warmup=recipe.warmup // 2)
-        _fit(model, first, brief, mixed=mixed, on_step=on_step)
+    if recipe.align_steps:
+        brief = replace(recipe, steps=recipe.align_steps)
+        openmoji = load_openmoji(recipe.shape.image_size)
+        align_(
+            model,
+            openmoji.drawings,
+            openmoji.pixels,
+            tokenizer,
+            steps=recipe.align_steps,
+            batch_size=64,
+            learning_rate=lambda step: schedule(step, brief),
+            weight_decay=recipe.weight_decay,
+            seed=recipe.seed,
+            on_step=on_step,
+        )
     _fit(model, task, recipe, mixed=mixed, on_step=on_step)
     detach(model)
     save_pruned(model, directory, tokenizer=tokenizer, dtype=torch.float16)

@@ -11,7 +11,6 @@ from comp.tasks.base import Batch
 from comp.tasks.batching import jitter, training_order
 from comp.tasks.statements import Statement
 from comp.tasks.text import TextTokenizer, encode, pad, pad_mask
-from comp.tasks.vqa import VqaTask
 
 
 class NlvrTask:
@@ -43,24 +42,6 @@ class NlvrTask:
             split: encode(tokenizer, [statement.text for statement in made])
             for split, made in self.statements.items()
         }
-
-    @classmethod
-    def from_questions(cls, task: VqaTask, tokenizer: TextTokenizer) -> "NlvrTask":
-        """Makes statements about one image shown twice out of a task's yes-or-no questions.
-
-        A model that starts on these learns what a statement asks before it has to relate two
-        images.
-
-        Args:
-            task: Its training questions are used.
-            tokenizer: The model's tokenizer.
-        """
-        statements = [
-            Statement((q.image, q.image), q.text, q.answer == "yes", "single")
-            for q in task.questions["train"]
-            if q.answer in ("yes", "no")
-        ]
-        return cls({"train": statements}, task.pixels, tokenizer)
 
     def train_batches(self, *, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
         """Yields shuffled training batches without end; see ``Task``."""
