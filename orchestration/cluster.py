@@ -146,6 +146,11 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
+def total_gpus() -> float:
+    """Returns the GPUs of the cluster that this process is connected to."""
+    return float(_ray.cluster_resources().get("GPU", 0.0))
+
+
 def check_fits(resources: Resources) -> None:
     """Refuses slots that no node of the cluster could ever hold.
 
@@ -156,19 +161,19 @@ def check_fits(resources: Resources) -> None:
     if any(_holds(node, resources) for node in nodes):
         return
     largest: dict[str, float] = max(nodes, key=lambda node: node.get("CPU", 0.0), default={})
+    parts = [f"{_amount(largest, n)} {unit}" for n, unit in _asked_for(resources).items()]
     raise ClusterError(
-        f"a slot asks for {resources}, but the largest of {len(nodes)} nodes has {_show(largest)}"
-        "; ask for less or add a node"
+        f"a slot asks for {resources}, but the largest of {len(nodes)} nodes has "
+        f"{', '.join(parts)}; ask for less or add a node"
     )
 
 
 def describe_room(resources: Resources, num_slots: int) -> str:
     """Says in one clause what is asked for, what there is and what of it is free."""
     free, total = _ray.available_resources(), _ray.cluster_resources()
-    return (
-        f"{num_slots} slots of {resources} are asked for, and {_show(free)} of {_show(total)} "
-        "are free in the cluster"
-    )
+    names = _asked_for(resources)
+    parts = [f"{_amount(free, n)} of {_amount(total, n)} {unit}" for n, unit in names.items()]
+    return f"{num_slots} slots of {resources} are asked for, and {', '.join(parts)} are free"
 
 
 def _holds(node: dict[str, float], resources: Resources) -> bool:
@@ -179,11 +184,16 @@ def _holds(node: dict[str, float], resources: Resources) -> bool:
     )
 
 
-def _show(amounts: dict[str, float]) -> str:
-    text = f"{amounts.get('CPU', 0.0):g} CPUs"
-    if amounts.get("GPU"):
-        text += f", {amounts['GPU']:g} GPUs"
-    return f"{text}, {amounts.get('memory', 0.0) / 2**20:.0f} MiB"
+def _asked_for(resources: Resources) -> dict[str, str]:
+    """Returns the units of what a slot asks for, by Ray's names."""
+    names = {"CPU": "CPUs"}
+    names |= {"GPU": "GPUs"} if resources.gpus else {}
+    return names | ({"memory": "MiB of memory"} if resources.memory_mib else {})
+
+
+def _amount(amounts: dict[str, float], name: str) -> str:
+    scale = 2**20 if name == "memory" else 1
+    return f"{round(amounts.get(name, 0.0) / scale, 2):g}"
 
 
 class _Owner:

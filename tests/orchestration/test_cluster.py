@@ -1,5 +1,6 @@
 """Joining and describing a cluster: what a person is told when it cannot be."""
 
+import re
 import subprocess
 import sys
 import time
@@ -69,7 +70,14 @@ def test_a_cluster_that_is_connected_is_used_and_not_ended(ray_cluster: str) -> 
     with connect() as cluster:
         assert cluster.address == ray_cluster
         assert not cluster.owned
-    assert describe_room(Resources(), 2).startswith("2 slots of 1 CPUs are asked for, and ")
+
+
+def test_room_is_told_for_what_is_asked_for(ray_cluster: str) -> None:
+    text = describe_room(Resources(gpus=0.5), 2)
+    assert re.fullmatch(
+        r"2 slots of 1 CPUs, 0.5 GPUs are asked for, and [\d.]+ of 4 CPUs, 0 of 0 GPUs are free",
+        text,
+    )
 
 
 def test_a_slot_larger_than_every_node_is_refused_with_both_numbers(ray_cluster: str) -> None:

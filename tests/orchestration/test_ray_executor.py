@@ -22,17 +22,36 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 SMALL = Resources(cpus=0.5)
 
 
+Pool = Callable[..., RayExecutor]
+
+
 @pytest.fixture
-def pool() -> Iterator[Callable[..., RayExecutor]]:
+def pool() -> Iterator[Pool]:
+    """Makes executors with options of their own."""
     opened: list[RayExecutor] = []
 
-    def make(num_slots: int = 2, resources: Resources = SMALL, **options: Any) -> RayExecutor:
+    def make(num_slots: int = 1, resources: Resources = SMALL, **options: Any) -> RayExecutor:
         opened.append(RayExecutor(num_slots, resources, **options))
         return opened[-1]
 
     yield make
     for executor in opened:
         executor.close()
+
+
+@pytest.fixture(scope="module")
+def shared(ray_cluster: str) -> Iterator[RayExecutor]:
+    """Two slots whose actors stay warm from test to test."""
+    with RayExecutor(2, SMALL) as executor:
+        yield executor
+
+
+@pytest.fixture
+def warm(shared: RayExecutor) -> Iterator[RayExecutor]:
+    yield shared
+    for handle in list(shared._losses):
+        shared.cancel(handle)
+    list(shared.events())
 
 
 def calm_numbers(directory: Path) -> list[dict[str, object]]:
@@ -67,40 +86,33 @@ def until_struck(executor: RayExecutor, handle: Handle) -> list[Event]:
     return seen
 
 
-def test_jobs_run_side_by_side_in_other_processes(
-    tmp_path: Path, pool: Callable[..., RayExecutor]
-) -> None:
-    executor = pool()
+def test_jobs_run_side_by_side_in_other_processes(tmp_path: Path, warm: RayExecutor) -> None:
     for i in range(4):
-        executor.submit(make_job(tmp_path, run=f"s-000{i}"))
-    assert executor.free_slots == 0
-    events = run_all(executor)
+        warm.submit(make_job(tmp_path, run=f"s-000{i}"))
+    assert warm.free_slots == 0
+    events = run_all(warm)
     assert all(kinds_of(e) == ["started", *["Record"] * 7, "JobEnd"] for e in events.values())
-    pids = {place.pid for place, run in executor.places}
+    pids = {place.pid for place, run in warm.places}
     assert len(pids) == 2
     assert os.getpid() not in pids
-    assert executor.free_slots == 2
+    assert warm.free_slots == 2
 
 
-def test_the_events_are_what_lies_on_disk(
-    tmp_path: Path, pool: Callable[..., RayExecutor]
-) -> None:
-    executor = pool(1)
-    executor.submit(make_job(tmp_path))
-    records = [e.body for e in run_all(executor)["s-0000"] if isinstance(e.body, Record)]
+def test_the_events_are_what_lies_on_disk(tmp_path: Path, warm: RayExecutor) -> None:
+    warm.submit(make_job(tmp_path))
+    records = [e.body for e in run_all(warm)["s-0000"] if isinstance(e.body, Record)]
     assert records == list(read_run(tmp_path / "s-0000").records)
 
 
 @pytest.mark.chaos
 def test_a_killed_worker_costs_one_stage_and_changes_no_number(
-    tmp_path: Path, pool: Callable[..., RayExecutor]
+    tmp_path: Path, warm: RayExecutor
 ) -> None:
-    executor = pool()
     disturb(tmp_path, "s-0000", "hang", 3)
-    handle = executor.submit(make_job(tmp_path))
-    events = until_struck(executor, handle)
-    os.kill(pid_of(executor, handle), signal.SIGKILL)
-    events += run_all(executor)["s-0000"]
+    handle = warm.submit(make_job(tmp_path))
+    events = until_struck(warm, handle)
+    os.kill(pid_of(warm, handle), signal.SIGKILL)
+    events += run_all(warm)["s-0000"]
     assert kinds_of(events) == [
         *("started", "Record", "Record", "Record"),
         *("retrying", "started", "Record", "Record", "Record", "Record", "JobEnd"),
@@ -112,23 +124,23 @@ def test_a_killed_worker_costs_one_stage_and_changes_no_number(
 
 @pytest.mark.chaos
 def test_a_job_that_kills_every_worker_is_given_up_and_others_are_not(
-    tmp_path: Path, pool: Callable[..., RayExecutor]
+    tmp_path: Path, pool: Pool
 ) -> None:
-    executor = pool(max_losses=2)
+    executor = pool(max_losses=1)
     disturb(tmp_path, "s-0000", "always-die", 1)
     for i in range(2):
         executor.submit(make_job(tmp_path, run=f"s-000{i}"))
     events = run_all(executor)
     end = events["s-0000"][-1].body
     assert isinstance(end, Failure)
-    assert (end.kind, end.attempts) == ("infrastructure", 3)
-    assert end.message.startswith("lost 3 workers, the last one, process ")
+    assert (end.kind, end.attempts) == ("infrastructure", 2)
+    assert end.message.startswith("lost 2 workers, the last one, process ")
     assert read_run(tmp_path / "s-0000").failure == end
     assert isinstance(events["s-0001"][-1].body, JobEnd)
 
 
 def test_what_the_algorithm_raises_fails_that_job_only_and_is_not_retried(
-    tmp_path: Path, pool: Callable[..., RayExecutor]
+    tmp_path: Path, pool: Pool
 ) -> None:
     executor = pool(1)
     disturb(tmp_path, "s-0000", "raise", 4)
@@ -141,9 +153,7 @@ def test_what_the_algorithm_raises_fails_that_job_only_and_is_not_retried(
 
 
 @pytest.mark.chaos
-def test_a_hung_worker_is_replaced_after_the_time_limit(
-    tmp_path: Path, pool: Callable[..., RayExecutor]
-) -> None:
+def test_a_hung_worker_is_replaced_after_the_time_limit(tmp_path: Path, pool: Pool) -> None:
     executor = pool(1, stage_timeout=2.0)
     disturb(tmp_path, "s-0000", "hang", 3)
     executor.submit(make_job(tmp_path))
@@ -165,7 +175,7 @@ class CutsOff(PrunerActor):
 
 @pytest.mark.chaos
 def test_a_stream_that_ends_without_its_end_is_not_taken_for_complete(
-    tmp_path: Path, pool: Callable[..., RayExecutor]
+    tmp_path: Path, pool: Pool
 ) -> None:
     executor = pool(1)
     executor._actor_class = executor._options(CutsOff)
@@ -180,7 +190,7 @@ def test_a_stream_that_ends_without_its_end_is_not_taken_for_complete(
 
 @pytest.mark.chaos
 def test_a_worker_told_to_go_finishes_its_stage_and_the_job_moves_for_free(
-    tmp_path: Path, pool: Callable[..., RayExecutor]
+    tmp_path: Path, pool: Pool
 ) -> None:
     executor = pool(2, max_losses=0)
     disturb(tmp_path, "s-0000", "nap", 3)
@@ -193,10 +203,8 @@ def test_a_worker_told_to_go_finishes_its_stage_and_the_job_moves_for_free(
     assert [r.attempt for r in read_run(tmp_path / "s-0000").records] == [0, 0, 0, 0, 1, 1, 1]
 
 
-def test_a_cancelled_job_frees_its_slot_and_keeps_its_worker(
-    tmp_path: Path, pool: Callable[..., RayExecutor]
-) -> None:
-    executor = pool(1)
+def test_a_cancelled_job_frees_its_slot_and_keeps_its_worker(tmp_path: Path, pool: Pool) -> None:
+    executor = pool()
     disturb(tmp_path, "s-0000", "nap", 3)
     handle = executor.submit(make_job(tmp_path))
     until_struck(executor, handle)
@@ -210,9 +218,7 @@ def test_a_cancelled_job_frees_its_slot_and_keeps_its_worker(
     assert [place.pid for place, _ in executor.places] == [pid]
 
 
-def test_a_cancelled_job_that_does_not_stop_loses_its_worker(
-    tmp_path: Path, pool: Callable[..., RayExecutor]
-) -> None:
+def test_a_cancelled_job_that_does_not_stop_loses_its_worker(tmp_path: Path, pool: Pool) -> None:
     executor = pool(1, cancel_grace=0.5)
     disturb(tmp_path, "s-0000", "hang", 3)
     handle = executor.submit(make_job(tmp_path))
@@ -224,7 +230,7 @@ def test_a_cancelled_job_that_does_not_stop_loses_its_worker(
     assert [place.pid for place, _ in executor.places] != [pid]
 
 
-def test_a_waiting_job_can_be_cancelled(tmp_path: Path, pool: Callable[..., RayExecutor]) -> None:
+def test_a_waiting_job_can_be_cancelled(tmp_path: Path, pool: Pool) -> None:
     executor = pool(1)
     executor.submit(make_job(tmp_path))
     waiting = executor.submit(make_job(tmp_path, run="s-0001"))
@@ -234,9 +240,7 @@ def test_a_waiting_job_can_be_cancelled(tmp_path: Path, pool: Callable[..., RayE
     assert isinstance(events["s-0000"][-1].body, JobEnd)
 
 
-def test_an_actor_is_replaced_after_its_share_of_jobs(
-    tmp_path: Path, pool: Callable[..., RayExecutor]
-) -> None:
+def test_an_actor_is_replaced_after_its_share_of_jobs(tmp_path: Path, pool: Pool) -> None:
     executor = pool(1, recycle_after=2)
     for i in range(3):
         executor.submit(make_job(tmp_path, run=f"s-000{i}"))
@@ -246,26 +250,23 @@ def test_an_actor_is_replaced_after_its_share_of_jobs(
 
 
 def test_no_free_cpus_is_said_with_what_is_asked_for_and_what_there_is(
-    tmp_path: Path, pool: Callable[..., RayExecutor]
+    tmp_path: Path, pool: Pool
 ) -> None:
-    taker = pool(1, Resources(cpus=4))
+    taker = pool(1, Resources(cpus=3))
     disturb(tmp_path, "s-0000", "hang", 1)
     until_struck(taker, taker.submit(make_job(tmp_path)))
     executor = pool(2, Resources(cpus=2), start_timeout=1.0)
     executor.submit(make_job(tmp_path, run="s-0001"))
     with pytest.raises(
-        ClusterError, match=r"2 slots of 2 CPUs are asked for, and 0 CPUs, .* of 4"
+        ClusterError, match=r"2 slots of 2 CPUs are asked for, and [01.5]+ of 4 CPUs are free"
     ):
         list(executor.events())
 
 
-def test_a_second_job_for_one_directory_is_refused(
-    tmp_path: Path, pool: Callable[..., RayExecutor]
-) -> None:
-    executor = pool(1)
-    executor.submit(make_job(tmp_path))
+def test_a_second_job_for_one_directory_is_refused(tmp_path: Path, warm: RayExecutor) -> None:
+    warm.submit(make_job(tmp_path))
     with pytest.raises(ValueError, match="run s-0000 is already under way"):
-        executor.submit(make_job(tmp_path))
+        warm.submit(make_job(tmp_path))
 
 
 def test_no_slots_is_refused() -> None:
@@ -273,7 +274,7 @@ def test_no_slots_is_refused() -> None:
         RayExecutor(0)
 
 
-def test_a_poll_without_jobs_returns_at_once(pool: Callable[..., RayExecutor]) -> None:
+def test_a_poll_without_jobs_returns_at_once(pool: Pool) -> None:
     began = time.monotonic()
     assert pool(1).poll(5.0) == []
     assert time.monotonic() - began < 1
