@@ -4,7 +4,7 @@ import click
 
 from studies.cli_base import CompGroup, example
 from studies.cli_data import data, presets
-from studies.cli_model import evaluate, measure, models, train
+from studies.cli_model import diagnose, evaluate, measure, models, train
 from studies.cli_run import compare, demo, prune
 from studies.cli_study import study
 
@@ -32,6 +32,7 @@ for _command in (
     compare,
     evaluate,
     measure,
+    diagnose,
     train,
     data,
     models,

@@ -1,4 +1,4 @@
-"""``comp train``, ``evaluate``, ``measure`` and ``models``: one model at a time."""
+"""``comp train``, ``evaluate``, ``measure``, ``diagnose``, ``models``: one model at a time."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -219,6 +219,88 @@ def measure(
         original.model.to(target), loaded.model.to(target), built, batch, repeats=repeats
     )
     answer(as_json, {"model": str(model), **dataclasses.asdict(found)}, str(found))
+
+
+@click.command(epilog=example("comp diagnose blip-tiny-vqa --plot interference.png"))
+@click.argument("model")
+@click.option("--split", default="train", show_default=True, help="train, val or test.")
+@click.option("--samples", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option(
+    "--share",
+    type=float,
+    default=0.25,
+    show_default=True,
+    help="Share of the tokens that count as important.",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also draw it, as this PNG and an SVG beside it.",
+)
+@ratio_option
+@task_option
+@data_option
+@device_option
+@common
+def diagnose(
+    model: str,
+    split: str,
+    samples: int,
+    share: float,
+    batch_size: int,
+    plot: Path | None,
+    ratio: float | None,
+    task: str | None,
+    data: Path | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Show how far parameter and token importance disagree, layer by layer."""
+    import dataclasses
+
+    from comp.diagnostics import interference
+    from comp.evaluation import resolve_device, to_device
+    from comp.handle import handle_of
+    from comp.models import attach
+
+    with mistakes():
+        if not 0 < share < 1:
+            raise ValueError(f"--share must be in (0, 1), but got {share}")
+        if plot is not None and plot.suffix != ".png":
+            raise ValueError(f"--plot must name a .png file, but got {plot}")
+        loaded, built = _load(model, ratio, task, data)
+        target = resolve_device(device)
+        if not hasattr(loaded.model, "pruning"):
+            attach(loaded.model)
+        next(iter(built.batches(split, batch_size=1, num_samples=1)))
+    batches = built.batches(split, batch_size=batch_size, num_samples=samples)
+    found = interference(
+        handle_of(loaded.model.to(target)),
+        built,
+        (to_device(batch, target) for batch in batches),
+        share=share,
+    )
+    written: list[Path] = []
+    if plot is not None:
+        from studies.plots import plot_interference
+
+        title = f"{model} on {built.name}: agreement of importance measures"
+        written = plot_interference(found, plot.with_suffix(""), title=title)
+    values = {
+        "model": str(model),
+        "task": built.name,
+        "split": split,
+        "share": share,
+        "layers": [dataclasses.asdict(layer) for layer in found],
+        "plots": [str(path) for path in written],
+    }
+    lines = [
+        f"{layer.encoder:16} layer {layer.layer + 1:2}: {100 * layer.overlap:5.1f} % of the top "
+        f"tokens agree, {100 * layer.expected:.1f} % by chance ({layer.num_samples} samples)"
+        for layer in found
+    ]
+    answer(as_json, values, "\n".join([*lines, *map(str, written)]))
 
 
 def _load(

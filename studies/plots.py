@@ -1,4 +1,4 @@
-"""Accuracy against FLOPs ratio, as PNG and SVG.
+"""Accuracy against FLOPs ratio, and how importance measures disagree, as PNG and SVG.
 
 Colours are those of Okabe and Ito (2008), which readers with any colour vision can tell apart;
 line style and markers say the same again.
@@ -6,6 +6,7 @@ line style and markers say the same again.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -15,6 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from studies.curves import Curve, Metric, check_comparable
+
+if TYPE_CHECKING:
+    from comp.diagnostics import LayerInterference
 
 GREY = "#9a9a9a"
 BLACK = "#000000"
@@ -90,6 +94,68 @@ def plot_runs(
     return _save(figure, axes, target)
 
 
+def plot_interference(
+    layers: Sequence["LayerInterference"], target: Path, *, title: str
+) -> list[Path]:
+    """Draws, per encoder and layer, how much the two importance measures agree.
+
+    Each encoder's solid line is the share of tokens that are important by both measures, the
+    dashed one of the same colour what two random choices would share.
+
+    Args:
+        layers: From ``comp.diagnostics.interference``.
+        target: Where to write, without a suffix.
+        title: Above the plot.
+
+    Returns:
+        The PNG and the SVG.
+
+    Raises:
+        ValueError: If there is no layer.
+
+    Source: CoMP (arXiv 2604.02956), Figure 2.
+    """
+    if not layers:
+        raise ValueError("a plot of interference needs at least one layer, but got none")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=13, loc="left")
+    axes.set_xlabel("layer (the first is 1)", fontsize=11)
+    axes.set_ylabel("top tokens by both importance measures (%)", fontsize=11)
+    for index, encoder in enumerate(dict.fromkeys(layer.encoder for layer in layers)):
+        own = [layer for layer in layers if layer.encoder == encoder]
+        number = [layer.layer + 1 for layer in own]
+        colour = PALETTE[index % len(PALETTE)]
+        axes.plot(
+            number,
+            [100 * layer.overlap for layer in own],
+            color=colour,
+            marker=MARKERS[index % len(MARKERS)],
+            label=encoder,
+            zorder=3,
+        )
+        axes.plot(
+            number,
+            [100 * layer.expected for layer in own],
+            color=colour,
+            linestyle="--",
+            label=f"{encoder}, by chance",
+            zorder=2,
+        )
+    _polish(axes)
+    axes.set_ylim(0, 100)
+    axes.set_xticks(range(1, 2 + max(layer.layer for layer in layers)))
+    axes.legend(fontsize=9, frameon=False, loc="best")
+    return _write(figure, target)
+
+
+def _polish(axes: Axes) -> None:
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
 def _axes(
     curves: Sequence[Curve], title: str, metric: Metric, metric_name: str
 ) -> tuple[Figure, Axes]:
@@ -101,10 +167,7 @@ def _axes(
     axes.set_title(title, fontsize=13, loc="left")
     axes.set_xlabel("FLOPs removed (share of the dense model's multiply-adds, %)", fontsize=11)
     axes.set_ylabel(f"{LABELS[metric]} {metric_name} (points of 100)", fontsize=11)
-    axes.grid(color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    _polish(axes)
     heights = sorted({round(float(getattr(c.dense, metric)), 6) for c in curves if c.dense})
     for index, height in enumerate(heights):
         label = f"dense: {height:.1f}" if len(heights) == 1 else "dense" if index == 0 else None
@@ -157,6 +220,10 @@ def _save(figure: Figure, axes: Axes, target: Path) -> list[Path]:
     axes.margins(x=0.04, y=0.12)
     axes.set_xlim(left=-1)
     axes.legend(fontsize=9, frameon=False, loc="best")
+    return _write(figure, target)
+
+
+def _write(figure: Figure, target: Path) -> list[Path]:
     written = []
     for suffix in ("png", "svg"):
         path = target.with_name(f"{target.name}.{suffix}")

@@ -111,6 +111,9 @@ def test_examples_name_commands_and_options_that_exist(path: tuple[str, ...]) ->
         (["study", "run", "smoke", "--set", "pruning.ratios=[85]"], "pass 0.85 for 85 %"),
         (["train", "blip-tiny-vaq"], "did you mean 'blip-tiny-vqa'"),
         (["evaluate", "blip-tiny-vaq"], "did you mean 'blip-tiny-vqa'"),
+        (["diagnose", "blip-tiny-vaq"], "did you mean 'blip-tiny-vqa'"),
+        (["diagnose", "blip-tiny-vqa", "--share", "25"], "--share must be in (0, 1), but got 25"),
+        (["diagnose", "blip-tiny-vqa", "--plot", "a.pdf"], "--plot must name a .png file"),
         (["demo", "vq"], "'vqa', 'nlvr2'"),
         (["compare"], "Missing argument"),
     ],
@@ -288,3 +291,14 @@ def test_a_real_study_runs_from_the_command_line(tmp_path: Path) -> None:
     evaluated = json_of(invoke("evaluate", str(model), "--samples", "16", "--json"))
     assert evaluated["num_samples"] == 16
     assert float(str(evaluated["gmacs"])) < 0.043  # the dense model has 0.0431
+
+
+@pytest.mark.slow
+def test_the_interference_of_a_model_is_measured_and_drawn(tmp_path: Path) -> None:
+    words = ["blip-tiny-vqa", "--samples", "8", "--plot", str(tmp_path / "found.png"), "--json"]
+    values = json_of(invoke("diagnose", *words))
+    layers = values["layers"]
+    assert isinstance(layers, list)
+    assert {layer["encoder"] for layer in layers} == {"vision", "text"}
+    assert all(0 <= layer["overlap"] <= 1 for layer in layers)
+    assert {path.name for path in tmp_path.iterdir()} == {"found.png", "found.svg"}

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from comp.diagnostics import LayerInterference
 from studies.curves import Curve
-from studies.plots import plot_runs, plot_study
+from studies.plots import plot_interference, plot_runs, plot_study
 from tests.orchestration.trials import make_point
 
 
@@ -61,3 +62,22 @@ def test_nothing_cannot_be_drawn(tmp_path: Path) -> None:
 def test_two_tasks_are_not_drawn_on_one_axis(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="of one task, but got nlvr2, vqa"):
         plot_runs([*curves(1), *curves(1, task="nlvr2")], tmp_path / "two", title="t")
+
+
+def test_interference_is_drawn_per_encoder_with_chance_beside_it(tmp_path: Path) -> None:
+    layers = [
+        LayerInterference(encoder, layer, 0.3 + 0.1 * layer, 0.25, 8)
+        for encoder in ("vision", "text")
+        for layer in range(3)
+    ]
+    png, svg = plot_interference(layers, tmp_path / "interference", title="tiny on vqa")
+    with Image.open(png) as image:
+        assert image.width >= 1000
+    text = svg.read_text()
+    for words in ("tiny on vqa", "vision, by chance", "text, by chance", "importance measures"):
+        assert words in text
+
+
+def test_interference_without_layers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one layer"):
+        plot_interference([], tmp_path / "interference", title="t")
