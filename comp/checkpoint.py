@@ -16,7 +16,7 @@ from torch import nn
 
 from comp.config import Method
 from comp.errors import CheckpointMismatch, UnsupportedModelError
-from comp.handle import handle_of
+from comp.handle import PruningHandle, handle_of
 from comp.modes import Stream
 from comp.shrink import apply_plan_
 
@@ -36,7 +36,8 @@ def save_pruned(
 
     Args:
         model: A dense or shrunk model; masks must be gone.
-        directory: Made if it is missing. ``pruning.json`` is written last.
+        directory: Made if it is missing; a model in it is replaced. ``pruning.json`` is
+            written last.
         tokenizer: Saved beside it, if given.
         card: What is known of the model, saved as ``card.json``.
         dtype: Store floating weights in this type; loading turns them back into float32.
@@ -51,6 +52,8 @@ def save_pruned(
         )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    for stale in (PLAN, "card.json"):
+        (directory / stale).unlink(missing_ok=True)
     config: Any = model.config
     config.architectures = [type(model).__name__]
     config.save_pretrained(directory)
@@ -123,8 +126,22 @@ def load_pruned(directory: str | Path) -> nn.Module:
             )
         apply_plan_(handle, plan["kept"])
         handle.thresholds = {Stream(k): v for k, v in plan["thresholds"].items()}
+        handle.static_tokens = _fitting_counts(handle, plan.get("static_tokens"), plan_path)
     _load_strictly(model, directory / WEIGHTS)
     return model.eval()
+
+
+def _fitting_counts(
+    handle: PruningHandle, counts: dict[str, list[int]] | None, path: Path
+) -> dict[str, list[int]] | None:
+    layers = {name: len(blocks) for name, blocks in handle.structure.encoders.items()}
+    for encoder, rows in (counts or {}).items():
+        if len(rows) != layers.get(encoder) or min(rows) < 1:
+            raise CheckpointMismatch(
+                f"{path} fixes the token counts {rows} for {encoder!r}, but needs one count of at "
+                f"least 1 for each layer of an encoder (layers: {layers})"
+            )
+    return counts
 
 
 def _load_strictly(model: nn.Module, path: Path) -> None:

@@ -1,15 +1,14 @@
 """The state of a running ``Pruner`` on disk, exact enough to go on bit-equal on one device.
 
-``state.json`` holds records, strategy and plan; ``tensors.safetensors`` holds weights, optimizer
-moments and masks. The directory is written beside its final name and renamed, so that it is
-there whole or not at all.
+``state.json`` holds records, strategy and plan and names the file with the weights, optimizer
+moments and masks. It is replaced in one step after that file is complete, so that a process that
+dies while it saves leaves the state before.
 """
 
 import dataclasses
 import json
 import math
-import os
-import shutil
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +33,9 @@ def save_state(pruner: "Pruner", directory: Path) -> None:
 
     Args:
         pruner: Between two yields of ``run``.
-        directory: Replaced if it exists.
+        directory: Made if it is missing; a state in it is replaced.
     """
-    scratch = directory.with_name(f".{directory.name}.{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     handle = pruner.handle
     tensors: dict[str, Tensor] = {}
     names = {id(p): name for name, p in pruner.model.named_parameters()}
@@ -50,12 +47,11 @@ def save_state(pruner: "Pruner", directory: Path) -> None:
             tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
     for name, mask in handle.masks.items():
         tensors[f"mask.{name}"] = mask
-    save_file(
-        {k: v.cpu().contiguous().clone() for k, v in tensors.items()},
-        scratch / "tensors.safetensors",
-    )
+    target = directory / f"tensors-{secrets.token_hex(4)}.safetensors"
+    save_file({k: v.cpu().contiguous().clone() for k, v in tensors.items()}, target)
     state = {
         "version": VERSION,
+        "tensors": target.name,
         "config": pruner.config.to_dict(),
         "plan": handle.plan(),
         "strategy": pruner.strategy.state(),
@@ -67,9 +63,12 @@ def save_state(pruner: "Pruner", directory: Path) -> None:
         "resource": [pruner._resource, pruner._dense_resource],
         "cost": None if pruner._cost is None else dataclasses.asdict(pruner._cost),
     }
-    (scratch / "state.json").write_text(json.dumps(state))
-    shutil.rmtree(directory, ignore_errors=True)
-    scratch.rename(directory)
+    manifest = directory / "state.json.new"
+    manifest.write_text(json.dumps(state))
+    manifest.replace(directory / "state.json")
+    for old in directory.glob("tensors-*.safetensors"):
+        if old != target:
+            old.unlink()
 
 
 def load_state(pruner: "Pruner", directory: Path) -> None:
@@ -105,7 +104,7 @@ def load_state(pruner: "Pruner", directory: Path) -> None:
         raise CheckpointMismatch(f"{path} was saved for a model of other widths")
     apply_plan_(handle, state["plan"]["kept"])
     handle.thresholds = {Stream(k): v for k, v in state["plan"]["thresholds"].items()}
-    tensors = load_file(directory / "tensors.safetensors", device=str(pruner.device))
+    tensors = load_file(directory / state["tensors"], device=str(pruner.device))
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     missing, unexpected = pruner.model.load_state_dict(weights, strict=False)
     tied = set(getattr(pruner.model, "all_tied_weights_keys", {}) or {})
