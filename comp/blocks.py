@@ -33,7 +33,7 @@ from comp import cost
 from comp.importance import token_importance, token_weights
 from comp.mixture import Mixture, causal_mask
 from comp.modes import PruningMode, Stream
-from comp.tokens import Selection, keep_above, select
+from comp.tokens import Selection, keep_above, select, select_count
 
 if TYPE_CHECKING:
     from comp.handle import PruningHandle
@@ -392,6 +392,9 @@ def _can_score(block: Block, state: TokenState) -> bool:
 
 
 def _drops(handle: "PruningHandle", block: Block, state: TokenState) -> bool:
+    count = handle.static_count(block)
+    if count is not None:
+        return state.hidden.shape[1] > count
     return (
         block.boundary != 0
         and _can_score(block, state)
@@ -568,11 +571,16 @@ def _drop_tokens(
     threshold = handle.thresholds.get(block.stream, 0.0)
     valid = state.flags(state.valid, default=True)
     protected = state.flags(state.protected, default=False)
+    merge = handle.merges(block.stream)
+    count = handle.static_count(block)
+    if count is not None:
+        selection = select_count(count, scores, valid, protected, merge=merge)
+        return gather_state(state, selection), selection.gather_scores(scores)
     keep = keep_above(scores, threshold, valid, protected, handle.min_tokens[block.stream])
-    selection = select(keep, scores, valid, merge=handle.merges(block.stream))
-    if selection is None:
+    selected = select(keep, scores, valid, merge=merge)
+    if selected is None:
         return state, scores
-    return gather_state(state, selection), selection.gather_scores(scores)
+    return gather_state(state, selected), selected.gather_scores(scores)
 
 
 def _drop_behind(

@@ -67,6 +67,8 @@ class PruningHandle:
         masks: Group name to soft mask ``(units,)``; a missing group is all ones and costs no
             multiplication.
         thresholds: Relative token threshold by stream; 0 keeps everything.
+        static_tokens: By encoder, how many rows leave each of its layers: the fixed counts that
+            take the thresholds' place there, see ``comp.export.freeze_token_counts``.
         kept: Group name to the kept units' indices in the dense model, for shrunk groups.
         dense_units: Group name to the units of the dense model.
         statistics: Collects activations while it is set.
@@ -86,6 +88,7 @@ class PruningHandle:
     )
     masks: dict[str, Tensor] = field(default_factory=dict)
     thresholds: dict[Stream, float] = field(default_factory=dict)
+    static_tokens: dict[str, list[int]] | None = None
     kept: dict[str, list[int]] = field(default_factory=dict)
     dense_units: dict[str, int] = field(default_factory=dict)
     statistics: ActivationStatistics | None = None
@@ -106,6 +109,7 @@ class PruningHandle:
             self.masks
             or self.kept
             or any(theta > 0 for theta in self.thresholds.values())
+            or self.static_tokens
             or self.statistics is not None
             or self.meter is not None
         )
@@ -119,6 +123,11 @@ class PruningHandle:
         if self.merge == "auto":
             return stream in self.structure.merges
         return self.merge == "summary"
+
+    def static_count(self, block: Block) -> int | None:
+        """Rows that leave a block if its count is fixed, or ``None`` if thresholds decide."""
+        counts = (self.static_tokens or {}).get(block.encoder)
+        return None if counts is None else counts[block.layer]
 
     def head_mask(self, site: AttentionSite) -> Tensor | None:
         """The soft mask of every query head, for Eq. 7, or ``None`` if all are whole."""
@@ -168,6 +177,7 @@ class PruningHandle:
             "kept": self.kept,
             "thresholds": {stream.value: theta for stream, theta in self.thresholds.items()},
             "min_tokens": {stream.value: count for stream, count in self.min_tokens.items()},
+            "static_tokens": self.static_tokens,
             "merge": self.merge,
             "cip": self.switches.cip,
             "cit": self.switches.cit,

@@ -137,6 +137,7 @@ class Pruner:
             },
         )
         self.handle.stock_when_idle = False
+        self.handle.static_tokens = None  # thresholds decide again, so that stages can raise them
         self.modes = self._allowed_modes()
         self.strategy = make_strategy(config, self.modes)
         self.optimizer = make_optimizer(model, config)

@@ -3,7 +3,8 @@
 The relative threshold keeps token i of a sample iff ``N' * S_i > theta`` where ``N'`` counts the
 sample's scored tokens, so theta = 0 keeps all and theta = 1 keeps the tokens above the mean.
 Every sample keeps its own number; a batch is padded to the largest, and the padding is carried
-as a validity mask, so a sample's result never depends on its batch mates.
+as a validity mask, so a sample's result never depends on its batch mates. Where shapes have to be
+known beforehand, ``select_count`` keeps the same number in every sample instead.
 """
 
 from dataclasses import dataclass
@@ -140,7 +141,15 @@ def select(keep: Tensor, scores: Tensor, valid: Tensor, *, merge: bool) -> Selec
     Returns:
         The plan, or ``None`` if no sample drops a token. A sample that drops none gets a
         summary slot that is not valid.
+
+    Raises:
+        ValueError: If the pass is being exported, for which shapes must not depend on values.
     """
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "tokens are dropped by a threshold, so their number differs from sample to sample and "
+            "cannot be exported; fix it with comp.export.freeze_token_counts or tokens='static'"
+        )
     dropped = valid & ~keep
     if not bool(dropped.any()):
         return None
@@ -148,10 +157,40 @@ def select(keep: Tensor, scores: Tensor, valid: Tensor, *, merge: bool) -> Selec
     num_kept = int(counts.max())
     index = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :num_kept]
     kept_valid = torch.arange(num_kept, device=keep.device) < counts.unsqueeze(1)
-    weight = None
-    if merge:
-        weight = scores.float() * dropped
-        total = weight.sum(dim=1, keepdim=True)
-        uniform = dropped.float() / dropped.sum(dim=1, keepdim=True).clamp(min=1)
-        weight = torch.where(total > 0, weight / total.clamp(min=1e-30), uniform)
-    return Selection(index, kept_valid, weight)
+    return Selection(index, kept_valid, _merging(scores, dropped) if merge else None)
+
+
+def select_count(
+    count: int, scores: Tensor, valid: Tensor, protected: Tensor, *, merge: bool
+) -> Selection:
+    """Makes a gather plan whose shape does not depend on values: the same for every sample.
+
+    Args:
+        count: Rows that are left, the summary token included; less than ``N``.
+        scores: Token importance, 0 on padding and on protected tokens, at most 1, ``(B, N)``.
+        valid: True for real tokens, ``(B, N)``.
+        protected: Tokens that always survive, ``(B, N)``; fewer than ``count`` in every sample.
+        merge: Whether dropped tokens are merged into a summary token at the end.
+
+    Returns:
+        The plan: protected tokens and those with the highest scores, the first of equal ones. A
+        sample with fewer real tokens keeps them all and is padded.
+    """
+    num_kept = count - 1 if merge else count
+    priority = (scores.float() + 2.0 * protected).masked_fill(~valid, -1.0)
+    order = torch.arange(scores.shape[1], device=scores.device)
+    mine, other = priority.unsqueeze(2), priority.unsqueeze(1)
+    # Places by counting who is ahead: ONNX knows no stable sort.
+    ahead = (other > mine) | ((other == mine) & (order < order.unsqueeze(1)))  # (B, N, N)
+    keep = ahead.sum(dim=2) < num_kept
+    index = (keep * (len(order) - order)).topk(num_kept, dim=1).indices
+    weight = _merging(scores, valid & ~keep) if merge else None
+    return Selection(index, valid.gather(1, index), weight)
+
+
+def _merging(scores: Tensor, dropped: Tensor) -> Tensor:
+    """Weights that merge the dropped rows of every sample into one, ``(B, N)``."""
+    weight = scores.float() * dropped
+    total = weight.sum(dim=1, keepdim=True)
+    uniform = dropped.float() / dropped.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.where(total > 0, weight / total.clamp(min=1e-30), uniform)
