@@ -147,12 +147,12 @@ def _check(
     target: float,
     dense: float,
     step: int,
-    tries: int = 5,
+    tries: int = 8,
 ) -> FineTuned:
     """Evaluates, and rescales the thresholds while the FLOPs are off target."""
     handle = handle_of(model)
     low, high = 0.0, math.inf
-    factor, base = 1.0, dict(handle.thresholds)
+    factor, reach, base = 1.0, 2.0, dict(handle.thresholds)
     device = next(model.parameters()).device
     for attempt in range(tries):
         verdict, cost = evaluate(
@@ -168,6 +168,10 @@ def _check(
         if abs(gap) <= RATIO_TOLERANCE or not any(base.values()) or attempt == tries - 1:
             break
         low, high = (factor, high) if gap > 0 else (low, factor)
-        factor = (low + high) / 2 if math.isfinite(high) and low > 0 else factor * (1 + 2 * gap)
+        if math.isfinite(high) and low > 0:
+            factor = (low + high) / 2
+        else:
+            factor *= max(1 + reach * gap, 0.5)
+            reach *= 2
         handle.thresholds = {stream: theta * factor for stream, theta in base.items()}
     return FineTuned(verdict, cost, step)
