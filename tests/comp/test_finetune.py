@@ -1,0 +1,192 @@
+"""Training steps, and the fine-tuning that keeps the best weights at the asked FLOPs."""
+
+import copy
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from comp.config import PruningConfig
+from comp.evaluation import evaluate
+from comp.finetune import (
+    RATIO_TOLERANCE,
+    FineTuned,
+    cosine,
+    fine_tune_,
+    make_optimizer,
+    train_step,
+)
+from comp.handle import PruningHandle, handle_of
+from comp.models import attach
+from comp.modes import Stream
+from comp.shrink import shrink_
+from comp.tasks.base import Batch
+from tests.tiny import FAMILIES, TinyTask, random_masks
+
+NLVR = FAMILIES["blip-nlvr"]
+CONFIG = PruningConfig(
+    fine_tune_steps=4,
+    learning_rate=1e-3,
+    batch_size=4,
+    eval_samples=16,
+    eval_batch_size=16,
+    device="cpu",
+)
+
+
+@pytest.fixture
+def task() -> TinyTask:
+    return TinyTask(NLVR)
+
+
+@pytest.fixture
+def pruned() -> PruningHandle:
+    """A shrunk model that drops tokens."""
+    handle = attach(NLVR.build(0))
+    handle.masks = random_masks(handle)
+    shrink_(handle)
+    handle.thresholds = {Stream.VISION: 0.6, Stream.TEXT: 0.4}
+    return handle
+
+
+def macs_of(model: nn.Module, task: TinyTask) -> float:
+    return evaluate(model, task, "val", batch_size=16, num_samples=16)[1].macs
+
+
+def tune(
+    handle: PruningHandle, task: TinyTask, *, target: float | None = None, **values: Any
+) -> FineTuned:
+    config = dataclasses.replace(CONFIG, **values)
+    dense = macs_of(attach(NLVR.build(0)).model, task)
+    return fine_tune_(
+        handle.model,
+        task,
+        config,
+        target_macs=macs_of(handle.model, task) if target is None else target * dense,
+        dense_macs=dense,
+        batches=task.train_batches(batch_size=config.batch_size, seed=1),
+    )
+
+
+def test_the_learning_rate_is_a_cosine_to_zero() -> None:
+    rates = [cosine(step, 4, 2.0) for step in range(5)]
+    assert rates == pytest.approx([2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5), 0.0])
+
+
+def test_the_optimizer_takes_what_is_trainable() -> None:
+    model = NLVR.build(0)
+    frozen = next(model.parameters()).requires_grad_(False)
+    held = [p for group in make_optimizer(model, CONFIG).param_groups for p in group["params"]]
+    assert frozen not in set(held)
+    assert len(held) == len(list(model.parameters())) - 1
+
+
+def test_a_step_lowers_the_loss_of_its_batch(task: TinyTask) -> None:
+    model = attach(NLVR.build(0)).model
+    optimizer = make_optimizer(model, CONFIG)
+    batch = next(task.train_batches(batch_size=8, seed=0))
+    losses = [train_step(model, task, batch, optimizer, CONFIG) for _ in range(5)]
+    assert losses[-1] < losses[0]
+
+
+def test_gradients_are_clipped(task: TinyTask) -> None:
+    model = attach(NLVR.build(0)).model
+    config = dataclasses.replace(CONFIG, max_grad_norm=1e-3)
+    batch = next(task.train_batches(batch_size=8, seed=0))
+    train_step(model, task, batch, make_optimizer(model, config), config)
+    norm = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None)
+    assert math.sqrt(norm) <= 1.001e-3
+
+
+class NanTask(TinyTask):
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return super().loss(model, batch) * math.nan
+
+
+def test_a_loss_that_is_no_number_changes_nothing() -> None:
+    model = attach(NLVR.build(0)).model
+    before = copy.deepcopy(model.state_dict())
+    task = NanTask(NLVR)
+    batch = next(task.train_batches(batch_size=4, seed=0))
+    assert math.isnan(train_step(model, task, batch, make_optimizer(model, CONFIG), CONFIG))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_fine_tuning_stops_at_a_loss_that_is_no_number(pruned: PruningHandle) -> None:
+    with pytest.raises(RuntimeError, match="loss became nan at step 0; lower fine_tune_learn"):
+        tune(pruned, NanTask(NLVR))
+
+
+def test_the_verdict_is_that_of_the_weights_that_are_left(
+    pruned: PruningHandle, task: TinyTask
+) -> None:
+    tuned = tune(pruned, task, learning_rate=0.05)
+    again, cost = evaluate(pruned.model, task, "val", batch_size=16, num_samples=16)
+    assert again == tuned.validation
+    assert cost == tuned.cost
+    assert not pruned.model.training
+
+
+def test_the_best_check_by_validation_wins(pruned: PruningHandle, task: TinyTask) -> None:
+    """A learning rate that wrecks the model makes the last check worse than an earlier one."""
+    spoilt = copy.deepcopy(pruned.model)
+    tuned = tune(pruned, task, learning_rate=3.0)
+    assert tuned.step < 4
+    optimizer = make_optimizer(spoilt, dataclasses.replace(CONFIG, learning_rate=3.0))
+    for batch in itertools.islice(task.train_batches(batch_size=4, seed=1), 4):
+        train_step(spoilt, task, batch, optimizer, CONFIG)
+    last, _ = evaluate(spoilt, task, "val", batch_size=16, num_samples=16)
+    assert tuned.validation.metric > last.metric
+
+
+def test_no_steps_only_evaluate(pruned: PruningHandle, task: TinyTask) -> None:
+    before = copy.deepcopy(pruned.model.state_dict())
+    tuned = tune(pruned, task, fine_tune_steps=0)
+    assert tuned.step == 0
+    state = pruned.model.state_dict()
+    assert all(torch.equal(before[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("change", [-0.03, 0.04])
+def test_one_factor_on_all_thresholds_brings_the_flops_back(
+    pruned: PruningHandle, task: TinyTask, change: float
+) -> None:
+    dense = macs_of(attach(NLVR.build(0)).model, task)
+    target = macs_of(pruned.model, task) / dense + change
+    tuned = tune(pruned, task, target=target, fine_tune_steps=0)
+    assert abs(tuned.cost.macs / dense - target) <= RATIO_TOLERANCE
+    thresholds = handle_of(pruned.model).thresholds
+    assert (thresholds[Stream.VISION] > 0.6) is (change < 0)
+    assert thresholds[Stream.VISION] / 0.6 == pytest.approx(thresholds[Stream.TEXT] / 0.4)
+
+
+def test_thresholds_stay_when_the_flops_are_right(pruned: PruningHandle, task: TinyTask) -> None:
+    tune(pruned, task, fine_tune_steps=0)
+    assert pruned.thresholds == {Stream.VISION: 0.6, Stream.TEXT: 0.4}
+
+
+def test_without_token_pruning_nothing_is_rescaled(task: TinyTask) -> None:
+    handle = attach(NLVR.build(0))
+    handle.thresholds = {}
+    tune(handle, task, target=0.5, fine_tune_steps=0)
+    assert handle.thresholds == {}
+
+
+def test_progress_is_told_step_by_step(pruned: PruningHandle, task: TinyTask) -> None:
+    seen: list[tuple[int, float]] = []
+    dense = macs_of(pruned.model, task)
+    fine_tune_(
+        pruned.model,
+        task,
+        CONFIG,
+        target_macs=dense,
+        dense_macs=dense,
+        batches=task.train_batches(batch_size=4, seed=0),
+        on_step=lambda step, loss: seen.append((step, loss)),
+    )
+    assert [step for step, _ in seen] == [0, 1, 2, 3]
+    assert all(math.isfinite(loss) for _, loss in seen)
