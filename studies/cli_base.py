@@ -1,6 +1,7 @@
 """What every command shares: exit codes, ``--json``, ``--debug``, and no traceback by surprise."""
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -97,6 +98,9 @@ def _verdict(error: BaseException) -> tuple[int, str]:
         return INTERRUPTED, "interrupted; finished stages are kept and the same command goes on"
     if isinstance(error, LockHeld):
         return LOCKED, str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        place = f" at {error.filename}" if error.filename else ""
+        return FAILURE, f"the disk is full{place}; free some space and give the same command again"
     if isinstance(error, (RuntimeError, ValueError, OSError)) and str(error):
         return FAILURE, str(error)
     name = type(error).__name__

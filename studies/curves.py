@@ -16,7 +16,8 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from comp.results import CurvePoint
-from orchestration.store import Run, tables_of
+from orchestration.store import Run
+from orchestration.store_tables import tables_of
 
 SLACK = 0.01  # runs end within the config's tolerance of the asked ratio, so 0.7975 stands for 0.8
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from studies.report import StudyReport
-from studies.session import tracking_uri
 from studies.spec import StudySpec
+from studies.specfile import tracking_uri
 from studies.study import JOURNAL
 
 MLFLOW_PORT = 5000

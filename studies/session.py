@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-import os
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,13 +12,15 @@ from orchestration.lock import hold_directory
 from orchestration.progress import Progress
 from orchestration.storage import Storage
 from orchestration.store import list_runs, read_run
-from orchestration.tracking import PLOTS, SCORES, UNSYNCED, MlflowTracker, NullTracker, Tracker
+from orchestration.tracked import SCORES
+from orchestration.tracking import PLOTS, UNSYNCED, MlflowTracker, NullTracker, Tracker
 from studies.curves import area, curve_of
 from studies.driver import Consumer, Outcome, run_study
 from studies.folder import StudyFolder
 from studies.jobs import SINGLE_RUNS, prune_job
 from studies.objectives import objective_value
 from studies.spec import PruneSpec, RunSpec, StudySpec
+from studies.specfile import tracking_uri
 from studies.stopping import StopSwitch, stop_on_signals
 
 CLOSE_SECONDS = 30.0  # without any progress, after which MLflow is left as it is
@@ -86,18 +88,25 @@ def conduct_run(spec: PruneSpec, *, runner: str = DEFAULT_RUNNER) -> JobEnd | Fa
 @contextlib.contextmanager
 def on_ray(spec: StudySpec) -> Iterator[Executor]:
     """Opens a pool on the cluster that ``RAY_ADDRESS`` names, or on a Ray of this process."""
-    from orchestration.cluster import connect
+    from orchestration.cluster import connect, total_gpus
     from orchestration.ray_executor import RayExecutor
 
-    asked = Resources(cpus=spec.resources.cpus, gpus=spec.resources.gpus)
     minutes = spec.stage_timeout_minutes
-    with (
-        connect(),
-        RayExecutor(
-            spec.parallel, asked, stage_timeout=60 * minutes if minutes else None
-        ) as executor,
-    ):
-        yield executor
+    timeout = 60 * minutes if minutes else None
+    with connect():
+        asked = spec.resources.gpus
+        gpus = gpu_share(total_gpus(), spec.parallel) if asked == "auto" else asked
+        slot = Resources(cpus=spec.resources.cpus, gpus=gpus)
+        with RayExecutor(spec.parallel, slot, stage_timeout=timeout) as executor:
+            yield executor
+
+
+def gpu_share(num_gpus: float, parallel: int) -> float:
+    """Returns what each of several runs may take so that all of them run at once.
+
+    Whole GPUs where there are enough, else equal shares of one; 0 where there is none.
+    """
+    return 1 / math.ceil(parallel / num_gpus) if num_gpus >= 1 else 0.0
 
 
 @contextlib.contextmanager
@@ -136,12 +145,6 @@ def open_tracker(spec: RunSpec, experiment: str) -> Tracker:
     if not spec.tracking.enabled:
         return NullTracker()
     return MlflowTracker(tracking_uri(spec), experiment)
-
-
-def tracking_uri(spec: RunSpec) -> str:
-    """Returns the spec's MLflow address, else the environment's, else a file under the root."""
-    own = f"sqlite:///{Path(spec.root).resolve() / 'mlflow.db'}"
-    return spec.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or own
 
 
 def add_scores(job: Job, spec: RunSpec) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, PlainValidator, Tag, field_validator, model_validator
 
 from comp.config import PruningConfig
 from orchestration.job import check_name
@@ -108,11 +108,27 @@ class Tracking(Section):
     enabled: bool = True
 
 
+def _read_gpus(gpus: Any) -> Literal["auto"] | float:
+    if gpus == "auto":
+        return "auto"
+    is_number = isinstance(gpus, (int, float)) and not isinstance(gpus, bool)
+    if not is_number or not (0 <= gpus <= 1 or (gpus > 1 and gpus == round(gpus))):
+        raise ValueError(f"gpus must be auto, a share of one or a whole number, but got {gpus!r}")
+    return float(gpus)
+
+
 class ResourcesSection(Section):
-    """What one run at a time asks of the machine or the cluster."""
+    """What one run at a time asks of the machine or the cluster.
+
+    Attributes:
+        cpus: CPU cores.
+        gpus: GPUs, or a share of one; ``"auto"`` shares what the cluster has among the runs that
+            go on at a time, and asks for none where there is none.
+        threads: CPU threads of torch.
+    """
 
     cpus: Annotated[Number, Field(gt=0)] = 1.0
-    gpus: Annotated[Number, Field(ge=0)] = 0.0
+    gpus: Annotated[Literal["auto"] | float, PlainValidator(_read_gpus)] = "auto"
     threads: Annotated[int, Field(strict=True, ge=1, le=1024)] = 1
 
 

@@ -1,5 +1,6 @@
 """Reads specs: file or preset, then ``--set key=value``, then every check before any work."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,13 +99,16 @@ def write_spec(spec: RunSpec) -> str:
 
 
 def check_places(spec: RunSpec) -> None:
-    """Checks that the model, the task and the data of a spec are there; imports no torch.
+    """Checks that the model, the task, the data and MLflow's address of a spec can be used.
+
+    It imports no torch and no MLflow.
 
     Raises:
         SpecError: If one is unknown or missing.
     """
     from comp.models.presets import MODEL_PRESETS
     from comp.tasks.names import TASKS
+    from orchestration.tracking import MlflowTracker
 
     if spec.task not in TASKS:
         hint = nearest(spec.task, list(TASKS))
@@ -125,6 +129,17 @@ def check_places(spec: RunSpec) -> None:
             f"data must be a data set file or directory, but there is none at {spec.data!r}; "
             "leave it out for the embedded data set"
         )
+    if spec.tracking.enabled:
+        try:
+            MlflowTracker(tracking_uri(spec), spec.name)
+        except ValueError as error:
+            raise SpecError(f"tracking.uri: {error}") from None
+
+
+def tracking_uri(spec: RunSpec) -> str:
+    """Returns the spec's MLflow address, else the environment's, else a file under the root."""
+    own = f"sqlite:///{Path(spec.root).resolve() / 'mlflow.db'}"
+    return spec.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or own
 
 
 def resolve_places(spec: AnySpec) -> AnySpec:

@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -259,11 +259,13 @@ def test_the_process_exits_with_the_code_and_ends_in_json() -> None:
 
 def test_help_is_there_in_less_than_four_tenths_of_a_second() -> None:
     def seconds() -> float:
-        begin = time.perf_counter()
+        """Processor time of the child, so that a busy machine does not fail it."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert comp("--help").returncode == 0
-        return time.perf_counter() - begin
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(5)) <= 0.4
+    assert min(seconds() for _ in range(3)) <= 0.4
 
 
 def test_the_report_is_written_beside_the_study(root: Path) -> None:

@@ -16,9 +16,9 @@ from orchestration.lock import LockHeld, hold_directory
 from orchestration.store import read_run
 from orchestration.tracking import UNSYNCED
 from studies.folder import StudyFolder
-from studies.session import conduct_run, conduct_study, sync_study, tracking_uri
+from studies.session import conduct_run, conduct_study, gpu_share, sync_study
 from studies.spec import PruneSpec
-from studies.specfile import spec_of
+from studies.specfile import spec_of, tracking_uri
 from studies.study import summarize
 from tests.studies.synthetic import RUNNER, make_spec
 
@@ -88,6 +88,13 @@ def test_mlflow_is_where_the_spec_says_or_the_environment_or_the_root(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there:5000")
     assert tracking_uri(make_spec(tmp_path)) == "http://there:5000"
     assert tracking_uri(make_spec(tmp_path, "tracking.uri=http://here")) == "http://here"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "parallel", "share"), [(0, 2, 0), (1, 1, 1), (1, 2, 0.5), (2, 3, 0.5), (4, 2, 1)]
+)
+def test_gpus_are_shared_so_that_all_runs_fit(gpus: float, parallel: int, share: float) -> None:
+    assert gpu_share(gpus, parallel) == share
 
 
 @pytest.mark.slow

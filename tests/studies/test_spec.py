@@ -52,6 +52,8 @@ def study(*overrides: str) -> StudySpec:
         ("kind=prunee", "kind must be one of 'prune', 'study', but got 'prunee'; did you mean"),
         ("version=2", "version must be 1, but got 2"),
         ("resources.threads=0", "resources.threads must be greater than or equal to 1"),
+        ("resources.gpus=1.5", "gpus must be auto, a share of one or a whole number, but got 1.5"),
+        ("resources.gpus=some", "resources.gpus must be auto, a share of one or a whole"),
         ("deadline_minutes=-1", "deadline_minutes must be greater than 0, but got -1"),
     ],
 )

@@ -80,6 +80,11 @@ def test_missing_data_is_found_before_any_work(spec_path: Path) -> None:
         load_study(str(spec_path), ["data=no/where"])
 
 
+def test_an_address_that_mlflow_cannot_use_is_found_before_any_work(spec_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"tracking\.uri: the MLflow address must start with"):
+        load_study(str(spec_path), ["tracking.uri=file:./mlruns"])
+
+
 def test_a_spec_of_the_other_kind_names_its_command(spec_path: Path) -> None:
     with pytest.raises(SpecError, match=r"run it with 'comp study run .*my-study\.yaml'"):
         load_prune(str(spec_path), [])
