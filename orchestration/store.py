@@ -21,74 +21,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from comp.results import CurvePoint, StageRecord
 from orchestration.job import Failure, Job, JobEnd, Record, digest_of
 from orchestration.storage import Storage
+from orchestration.store_tables import (
+    FORMAT_VERSION,
+    as_read_back,
+    from_parquet,
+    tables_of,
+    to_parquet,
+)
 
-FORMAT_VERSION = 1
 STATES_KEPT = 2
 
 Outcome = Literal["finished", "failed", "unfinished"]
-
-_IDENTITY = [
-    ("study", pa.string()),
-    ("trial", pa.int32()),
-    ("model", pa.string()),
-    ("task", pa.string()),
-    ("method", pa.string()),
-    ("seed", pa.int64()),
-]
-_PLACE = [
-    ("run_id", pa.string()),
-    ("index", pa.int32()),
-    ("time", pa.float64()),
-    ("attempt", pa.int32()),
-    ("extra", pa.string()),
-]
-STAGE_SCHEMA = pa.schema(
-    [
-        *_IDENTITY,
-        ("stage", pa.int32()),
-        ("mode", pa.string()),
-        ("choice", pa.string()),
-        ("ratio", pa.float64()),
-        ("macs", pa.float64()),
-        ("params", pa.int64()),
-        ("val", pa.float64()),
-        ("val_loss", pa.float64()),
-        ("train_loss", pa.float64()),
-        ("cost", pa.float64()),
-        ("mode_cost", pa.float64()),
-        ("threshold", pa.float64()),
-        ("units", pa.int64()),
-        ("tokens", pa.map_(pa.string(), pa.float64())),
-        ("seconds", pa.float64()),
-        ("snapshot", pa.float64()),
-        *_PLACE,
-    ],
-    metadata={"comp.table": "stages", "comp.version": str(FORMAT_VERSION)},
-)
-CURVE_SCHEMA = pa.schema(
-    [
-        *_IDENTITY,
-        ("ratio_asked", pa.float64()),
-        ("ratio_reached", pa.float64()),
-        ("gmacs", pa.float64()),
-        ("params", pa.int64()),
-        ("val", pa.float64()),
-        ("test", pa.float64()),
-        ("latency_ms", pa.float64()),
-        ("dense_latency_ms", pa.float64()),
-        ("fine_tuned", pa.int64()),
-        ("val_before_tuning", pa.float64()),
-        ("test_ratio", pa.float64()),
-        *_PLACE,
-    ],
-    metadata={"comp.table": "curve", "comp.version": str(FORMAT_VERSION)},
-)
 
 
 class RunMismatch(ValueError):
@@ -197,7 +143,7 @@ class RunDirectory:
             StorageError: If it cannot be written.
         """
         record = Record(len(self.records), body, time.time(), self.job.attempt)
-        record = _as_read_back(self.job, record)
+        record = as_read_back(self.job, record)
         for name, write in (models or {}).items():
             self.storage.write_tree(f"model/{name}", write)
         if save is not None:
@@ -225,7 +171,7 @@ class RunDirectory:
             return end
         self._check_still_owned()
         for name, table in tables_of(self.job, self.records).items():
-            self.storage.write(f"{name}.parquet", _parquet_bytes(table))
+            self.storage.write(f"{name}.parquet", to_parquet(table))
         self._write_json("report.json", _report(self.job, self.records))
         names = ["spec.yaml", "job.json", "stages.parquet", "curve.parquet", "report.json"]
         manifest = {
@@ -314,48 +260,6 @@ def list_runs(root: str | Path) -> list[str]:
     ]
 
 
-def tables_of(job: Job, records: Sequence[Record]) -> dict[str, pa.Table]:
-    """Returns the tables ``"stages"`` and ``"curve"`` of a run in their published schemas."""
-    rows = [(record, _row(job, record)) for record in records]
-    stages = [row for record, row in rows if record.stage]
-    points = [row for record, row in rows if record.point]
-    return {
-        "stages": pa.Table.from_pylist(stages, schema=STAGE_SCHEMA),
-        "curve": pa.Table.from_pylist(points, schema=CURVE_SCHEMA),
-    }
-
-
-def _row(job: Job, record: Record) -> dict[str, Any]:
-    """Returns one table row; what has no column of its own goes to ``extra`` as JSON."""
-    schema = STAGE_SCHEMA if record.stage else CURVE_SCHEMA
-    body = record.body.to_dict()
-    extra = {name: body.pop(name) for name in list(body) if name not in schema.names}
-    names = ("study", "trial", "model", "task", "method", "seed", "run_id")
-    place = {"index": record.index, "time": record.time, "attempt": record.attempt}
-    own = {name: getattr(job, name) for name in names}
-    return own | place | body | {"extra": json.dumps(extra) if extra else None}
-
-
-def _record_of(row: dict[str, Any], body_type: type[StageRecord] | type[CurvePoint]) -> Record:
-    values = row | json.loads(row["extra"] or "{}")
-    if "tokens" in values:
-        values["tokens"] = dict(values["tokens"])
-    fields = {field.name: values[field.name] for field in dataclasses.fields(body_type)}
-    return Record(row["index"], body_type.from_dict(fields), row["time"], row["attempt"])
-
-
-def _as_read_back(job: Job, record: Record) -> Record:
-    """Returns the record as the tables will give it back (an int in a float column, say).
-
-    Done when it is made, so that a stream replayed from the tables equals the first one bit for
-    bit, and so that what no table could hold fails at once.
-    """
-    tables = tables_of(job, [record])
-    if record.stage:
-        return _record_of(tables["stages"].to_pylist()[0], StageRecord)
-    return _record_of(tables["curve"].to_pylist()[0], CurvePoint)
-
-
 def _read_records(storage: Storage) -> tuple[list[Record], bool]:
     """Returns the durable records and whether the run is finished."""
     if storage.exists("manifest.json"):
@@ -372,11 +276,9 @@ def _read_records(storage: Storage) -> tuple[list[Record], bool]:
 
 
 def _read_tables(storage: Storage) -> list[Record]:
-    records = []
+    records: list[Record] = []
     for name, body_type in (("stages", StageRecord), ("curve", CurvePoint)):
-        data = storage.read(f"{name}.parquet")
-        rows = pq.read_table(pa.BufferReader(data)).to_pylist()
-        records += [_record_of(row, body_type) for row in rows]
+        records += from_parquet(storage.read(f"{name}.parquet"), body_type)
     return sorted(records, key=lambda record: record.index)
 
 
@@ -386,12 +288,6 @@ def _read_json(storage: Storage, name: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return values
-
-
-def _parquet_bytes(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return bytes(sink.getvalue())
 
 
 def _header(job: Job) -> dict[str, Any]:

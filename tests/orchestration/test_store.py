@@ -12,14 +12,13 @@ import pytest
 
 from orchestration.job import Failure, digest_of
 from orchestration.store import (
-    CURVE_SCHEMA,
-    STAGE_SCHEMA,
     Fenced,
     RunDirectory,
     RunMismatch,
     list_runs,
     read_run,
 )
+from orchestration.store_tables import CURVE_SCHEMA, STAGE_SCHEMA, record_of, row_of
 from tests.orchestration.trials import CONFIG, make_job, make_point, make_stage
 
 DOCS = Path(__file__).parents[2] / "docs" / "results-format.md"
@@ -187,12 +186,10 @@ def test_the_report_is_strict_json_even_with_nan(tmp_path: Path) -> None:
 
 
 def test_what_has_no_column_is_kept_in_extra(tmp_path: Path) -> None:
-    from orchestration.store import _record_of, _row
-
     job = make_job(tmp_path)
     record = RunDirectory.open(job).append(make_stage(1))
-    row = _row(job, record) | {"extra": json.dumps({"later": 1})}
-    assert _record_of(row | {"tokens": list(record.stage.tokens.items())}, type(record.stage)) == (
+    row = row_of(job, record) | {"extra": json.dumps({"later": 1})}
+    assert record_of(row | {"tokens": list(record.stage.tokens.items())}, type(record.stage)) == (
         record
     )
 

@@ -21,11 +21,11 @@ from orchestration import worker
 from orchestration.job import Failure, Job, Record
 from orchestration.storage import Storage
 from orchestration.store import read_run, write_failure
+from orchestration.tracked import metrics_of
 from orchestration.tracking import (
     MlflowTracker,
     NullTracker,
     TrackingError,
-    metrics_of,
 )
 from tests.orchestration.trials import disturb, make_job, make_point, make_stage
 
