@@ -365,6 +365,15 @@ def test_dropping_tokens_drops_them(family: TinyFamily, handle: PruningHandle) -
     assert rows[0] == max(recorder.counts["vision.2"]) < 17
 
 
+@pytest.mark.parametrize("name", ["clip", "llava"])
+def test_a_causal_stream_cannot_merge_its_tokens(name: str) -> None:
+    family = FAMILIES[name]
+    handle = attach(family.build(0), merge="summary")
+    handle.thresholds = dict(THRESHOLDS)
+    with pytest.raises(ValueError, match="a causal stream cannot merge tokens; set merge='drop'"):
+        family.outputs(handle.model, family.batch(3, 0))
+
+
 def test_the_decoder_of_a_pruned_model_stays_causal() -> None:
     family = FAMILIES["blip-caption"]
     handle = attach(family.build(0))

@@ -183,6 +183,17 @@ def test_a_plan_that_does_not_fit_the_weights_is_refused(saved: Path) -> None:
         load_pruned(saved)
 
 
+@pytest.mark.parametrize("counts", [{"vision": [4, 4]}, {"vision": [9, 0, 4]}, {"audio": [3]}])
+def test_fixed_token_counts_that_do_not_fit_are_refused(
+    saved: Path, counts: dict[str, list[int]]
+) -> None:
+    edit(saved / "pruning.json", static_tokens=counts)
+    with pytest.raises(
+        CheckpointMismatch, match=r"fixes the token counts .*, but needs one count"
+    ):
+        load_pruned(saved)
+
+
 def test_weights_that_lack_a_tensor_are_refused(saved: Path) -> None:
     weights = load_file(saved / "model.safetensors")
     del weights["cls_head.2.bias"]

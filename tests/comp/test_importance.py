@@ -14,6 +14,7 @@ from comp.importance import (
     scores_from_sums,
     token_importance,
     token_weights,
+    voted_importance,
     weighted_square_sums,
 )
 
@@ -114,6 +115,23 @@ def test_scores_sum_to_one_over_valid_unprotected_tokens(
     torch.testing.assert_close(scores.sum(dim=1), torch.ones(SAMPLES))
     assert scores[~valid].eq(0).all()
     assert scores[first].eq(0).all()
+
+
+@pytest.mark.equations("Eq. 6", "Eq. 7")
+def test_with_all_queries_voting_the_chosen_ones_are_the_usual_ones(
+    attention: Tensor, valid: Tensor, first: Tensor
+) -> None:
+    mask, counted = torch.tensor([1.0, 0.3, 0.0, 0.8]), valid & ~first
+    scores = voted_importance(attention, counted, counted, mask)
+    torch.testing.assert_close(scores, token_importance(attention, mask, valid, first))
+
+
+@pytest.mark.equations("Eq. 6")
+def test_one_voting_query_decides_alone(attention: Tensor, valid: Tensor, first: Tensor) -> None:
+    votes = torch.tensor([[False, True]]).expand(SAMPLES, -1)
+    scores = voted_importance(attention[:, :, 2:4], votes, valid & ~first)
+    strongest = attention[:, :, 3].amax(dim=1) * (valid & ~first)
+    torch.testing.assert_close(scores, strongest / strongest.sum(dim=1, keepdim=True))
 
 
 def test_padding_columns_do_not_change_scores(
@@ -274,6 +292,11 @@ def test_flags_must_fit_the_tokens(name: str) -> None:
     flags = {name: torch.ones(2, 4, dtype=torch.bool)}
     with pytest.raises(ValueError, match=rf"{name} must be \(2, 3\), but got \(2, 4\)"):
         column_scores(torch.rand(2, 3, 3), **flags)
+
+
+def test_votes_must_fit_the_attention(attention: Tensor, valid: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"must be \(3, 7\) and \(3, 7\).*\(3, 6\) and \(3, 7\)"):
+        voted_importance(attention, valid[:, :6], valid)
 
 
 def test_prefix_must_fit_the_scores() -> None:

@@ -476,6 +476,19 @@ def test_half_precision_runs_to_the_end() -> None:
     assert pruner.points[-1].ratio_reached >= 0.115
 
 
+@pytest.mark.equations("Eq. 8")
+def test_a_drop_that_drift_has_eaten_is_replaced_by_the_one_predicted() -> None:
+    pruner = pruner_of()
+    stages = pruner.run()
+    next(stages)
+    next(stages)
+    assert pruner._cost is not None
+    pruner._macs = pruner._cost.macs  # as if the stage had removed nothing
+    assert pruner._removed_share(0.05 * pruner._dense_macs) == pytest.approx(0.05)
+    pruner._macs = 0.9 * pruner._cost.macs  # as if tokens had come back
+    assert pruner._removed_share(0.05 * pruner._dense_macs) == pytest.approx(0.05)
+
+
 # --- the last step -----------------------------------------------------------------------------
 
 
@@ -536,6 +549,16 @@ def test_running_out_of_stages_is_said_with_the_ratio_reached() -> None:
         list(pruner.run())
     assert len(pruner.stages) == 2
     assert error.value.highest == pruner.ratio > 0
+
+
+def test_exhausting_every_mode_on_the_way_is_said_with_the_ratio_reached() -> None:
+    pruner = pruner_of()
+    stages = pruner.run()
+    next(stages)
+    for mode in pruner.modes:
+        pruner.strategy.exhaust(mode.value)
+    with pytest.raises(BudgetUnreachable, match=r"every mode is exhausted at 0\.0000; lower the"):
+        next(stages)
 
 
 def test_a_mode_that_the_model_lacks_is_refused() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from comp.strategy import (
     FixedStrategy,
+    LookaheadStrategy,
     MultiModeStrategy,
     exploration_probabilities,
     history_weight,
@@ -385,3 +386,42 @@ def test_a_restored_fixed_schedule_stands_where_it_stood() -> None:
     again.restore(json.loads(json.dumps(strategy.state())))
     assert again.choose() == "p"
     assert again.stage == 2
+
+
+def test_lookahead_takes_the_cheapest_of_what_is_offered() -> None:
+    strategy = LookaheadStrategy(["a", "b", "c"])
+    strategy.offer({"a": 3.0, "b": -1.0, "c": 0.5})
+    assert strategy.choose() == "b"
+    assert (strategy.choice, strategy.stage) == ("greedy", 1)
+    strategy.record("b", 7.0)
+    assert strategy.costs == {"a": 3.0, "b": -1.0, "c": 0.5}
+    strategy.offer({"a": 3.0, "c": 4.0})
+    assert strategy.choose() == "a"
+
+
+def test_lookahead_goes_round_what_is_excluded_or_exhausted() -> None:
+    strategy = LookaheadStrategy(["a", "b", "c"])
+    strategy.offer({"a": 1.0, "b": 2.0, "c": 3.0})
+    assert strategy.choose(exclude=["a"]) == "b"
+    strategy.exhaust("b")
+    assert strategy.stage == 0
+    assert strategy.choose(exclude=["a"]) == "c"
+    strategy.withdraw()
+    assert (strategy.live, strategy.stage) == (["a", "c"], 0)
+    with pytest.raises(RuntimeError, match="nothing left to choose"):
+        strategy.choose(exclude=["a", "c"])
+
+
+def test_lookahead_needs_a_mode() -> None:
+    with pytest.raises(ValueError, match="modes must name at least one mode, but got none"):
+        LookaheadStrategy([])
+
+
+def test_a_restored_lookahead_stands_where_it_stood() -> None:
+    strategy = LookaheadStrategy(["a", "b"])
+    strategy.offer({"a": 1.0, "b": 2.0})
+    strategy.record(strategy.choose(), 1.0)
+    strategy.exhaust("b")
+    again = LookaheadStrategy(["a", "b"])
+    again.restore(json.loads(json.dumps(strategy.state())))
+    assert (again.live, again.stage) == (["a"], 1)
