@@ -162,6 +162,13 @@ def test_a_point_follows_the_stage_that_reached_its_ratio(curve: Run) -> None:
     assert [point.ratio_asked for point in curve.pruner.points] == [0.0, 0.15, 0.3]
 
 
+def test_two_ratios_that_one_stage_reaches_give_two_points() -> None:
+    pruner = pruner_of(ratios=(0.001, 0.0011), tolerance=0.0)
+    list(pruner.run())
+    assert len(pruner.stages) == 1
+    assert [point.ratio_asked for point in pruner.points[1:]] == [0.001, 0.0011]
+
+
 def test_stages_are_numbered_and_the_ratio_is_of_the_dense_cost(curve: Run) -> None:
     dense = curve.pruner.points[0].gmacs * 1e9
     for number, record in enumerate(curve.pruner.stages, start=1):
@@ -262,7 +269,8 @@ def test_greedy_stages_take_the_smallest_cost(curve: Run) -> None:
 def test_a_restored_run_gives_the_same_bits_as_the_uninterrupted_one(curve: Run) -> None:
     expected = all_comparable(curve.pruner)
     weights = curve.pruner.model.state_dict()
-    for index in (2, len(expected) - 3):
+    reached = next(i for i, values in enumerate(expected) if values.get("snapshot"))
+    for index in (reached, reached + 1):
         pruner = pruner_of(ratios=(0.15, 0.3), shrink=curve.pruner.config.shrink)
         pruner.restore(curve.snapshots[index].state)
         assert all_comparable(pruner) == expected[: index + 1]
