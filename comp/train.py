@@ -8,7 +8,8 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,11 @@ RECIPES: dict[str, Recipe] = {
     "blip-tiny-nlvr2": Recipe(
         task="nlvr2",
         steps=1800,
-        batch_size=40,
+        batch_size=24,
         learning_rate=7e-4,
         warmup=100,
         init="blip-tiny-vqa",
-        align_steps=900,
+        align_steps=700,
     ),
     "clip-tiny-retrieval": Recipe(task="retrieval", steps=4000, batch_size=128),
 }
@@ -134,21 +135,9 @@ def train_dense(
     model.to(target)
     attach(model).stock_when_idle = False
     if recipe.align_steps:
-        brief = replace(recipe, steps=recipe.align_steps)
-        openmoji = load_openmoji(recipe.shape.image_size)
-        align_(
-            model,
-            openmoji.drawings,
-            openmoji.pixels,
-            tokenizer,
-            steps=recipe.align_steps,
-            batch_size=64,
-            learning_rate=lambda step: schedule(step, brief),
-            weight_decay=recipe.weight_decay,
-            seed=recipe.seed,
-            on_step=on_step,
-        )
-    _fit(model, task, recipe, mixed=mixed, on_step=on_step)
+        _fit_aligned(model, task, recipe, tokenizer, on_step=on_step)
+    else:
+        _fit(model, task, recipe, mixed=mixed, on_step=on_step)
     detach(model)
     save_pruned(model, directory, tokenizer=tokenizer, dtype=torch.float16)
     card = {
@@ -172,6 +161,34 @@ def saved_accuracy(directory: Path, task: Task, device: torch.device) -> dict[st
         split: round(evaluate(model, task, split, device=device)[0].metric, 2)
         for split in ("val", "test")
     }
+
+
+def _fit_aligned(
+    model: nn.Module,
+    task: Task,
+    recipe: Recipe,
+    tokenizer: Any,
+    *,
+    on_step: Callable[[int, float], None] | None,
+) -> None:
+    """Trains on phrases about single images, then on statements about these and about pairs."""
+    openmoji = load_openmoji(recipe.shape.image_size)
+    phrases = Recipe(task=recipe.task, steps=recipe.align_steps, warmup=50)
+    fit = partial(align_, model, openmoji.drawings, openmoji.pixels, tokenizer, on_step=on_step)
+    fit(
+        steps=phrases.steps,
+        batch_size=phrases.batch_size,
+        learning_rate=lambda step: schedule(step, phrases),
+        templates=("{}",),
+        seed=recipe.seed,
+    )
+    fit(
+        steps=recipe.steps,
+        batch_size=40,
+        learning_rate=lambda step: schedule(step, recipe),
+        pairs=task.train_batches(batch_size=recipe.batch_size, seed=recipe.seed),
+        seed=recipe.seed + 1,
+    )
 
 
 def _fit(

@@ -33,18 +33,18 @@ class Statement:
 
 
 _ATTRIBUTES = {"kind": 0.26, "group": 0.14, "skin_tone": 0.24, "gender": 0.14, "colour": 0.22}
-_BOTH = ("both images show {}", "there is {} in both of the images", "in both images we see {}")
+BOTH = ("both images show {}", "there is {} in both of the images", "in both images we see {}")
 _ONE = (
     "exactly one image shows {}",
     "there is {} in exactly one of the images",
     "only one of the two images shows {}",
 )
-_ANY = (
+ANY = (
     "at least one image shows {}",
     "there is {} in at least one of the images",
     "one or both of the images show {}",
 )
-_NEITHER = (
+NEITHER = (
     "neither image shows {}",
     "there is no image of {} here",
     "none of the two images shows {}",
@@ -189,7 +189,7 @@ def _both_or_one(
 ) -> list[Statement]:
     value = pools.value(image, name)
     mate = pools.pick(rng, name, value)
-    texts = (rng.choice(_BOTH), rng.choice(_ONE))
+    texts = (rng.choice(BOTH), rng.choice(_ONE))
     return _cross(
         rng,
         pairs=((image, mate), (negative, mate)),
@@ -205,7 +205,7 @@ def _any_or_neither(
     mate = pools.other(rng, name, value)
     if mate is None:
         return []
-    texts = (rng.choice(_ANY), rng.choice(_NEITHER))
+    texts = (rng.choice(ANY), rng.choice(NEITHER))
     return _cross(
         rng,
         pairs=((image, mate), (negative, mate)),

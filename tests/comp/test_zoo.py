@@ -1,0 +1,34 @@
+"""The dense models in the package are what their cards say."""
+
+import pytest
+import torch
+
+from comp.models import load_model
+from comp.models.presets import MODEL_PRESETS, preset_directory
+from comp.tasks import build_task
+from comp.train import RECIPES, saved_accuracy
+
+MAX_BYTES = 5_000_000
+
+
+@pytest.mark.parametrize("name", MODEL_PRESETS)
+def test_the_weights_give_the_accuracy_on_the_card(name: str) -> None:
+    loaded = load_model(name)
+    task = build_task(loaded.task, tokenizer=loaded.tokenizer, image_size=loaded.image_size)
+    measured = saved_accuracy(preset_directory(name), task, torch.device("cpu"))
+    for split, accuracy in loaded.card["accuracy"].items():
+        assert measured[split] == pytest.approx(accuracy, abs=0.15)  # a few samples of 3,000
+
+
+@pytest.mark.parametrize("name", MODEL_PRESETS)
+def test_every_preset_has_a_recipe_and_one_to_three_million_parameters(name: str) -> None:
+    card = load_model(name).card
+    recipe = RECIPES[name]
+    assert card["task"] == recipe.task == MODEL_PRESETS[name].task
+    assert (card["recipe"]["steps"], card["recipe"]["seed"]) == (recipe.steps, recipe.seed)
+    assert 1e6 <= card["parameters"] <= 3e6
+
+
+@pytest.mark.parametrize("name", MODEL_PRESETS)
+def test_weights_are_small_enough_for_git(name: str) -> None:
+    assert (preset_directory(name) / "model.safetensors").stat().st_size <= MAX_BYTES
