@@ -4,9 +4,10 @@ import click
 
 from studies.cli_base import CompGroup, example
 from studies.cli_data import data, presets
-from studies.cli_model import diagnose, evaluate, measure, models, train
+from studies.cli_model import diagnose, evaluate, measure
 from studies.cli_run import compare, demo, prune
 from studies.cli_study import study
+from studies.cli_train import models, train
 
 
 @click.group(

@@ -154,6 +154,13 @@ def root_option(function: Function) -> Function:
     )(function)
 
 
+def device_option(function: Function) -> Function:
+    """Adds ``--device``."""
+    return click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...")(
+        function
+    )
+
+
 def answer(as_json: bool, values: dict[str, Any], text: str) -> None:
     """Prints a result: a text for people, or one line of JSON as the last of standard output."""
     click.echo(json.dumps(_plain(values), allow_nan=False) if as_json else text)

@@ -156,9 +156,8 @@ def conduct(
     from studies.study import summarize
 
     folder, why = StudyFolder.of(spec), "finished"
-    if folder.is_started:
-        with mistakes():
-            folder.freeze(spec)
+    with mistakes():
+        folder.check(spec)
     if not folder.is_started or not summarize(folder, spec).is_finished:
         outcome = conduct_study(spec, inline=inline)
         why, counts = outcome.why, show_counts(outcome.counts)

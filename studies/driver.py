@@ -15,6 +15,7 @@ from comp.results import CurvePoint
 from orchestration.executor import Event, Executor, Handle
 from orchestration.job import DEFAULT_RUNNER, Failure, Job, JobEnd, Record
 from orchestration.lock import hold_directory
+from orchestration.store import RunMismatch
 from studies.curves import Curve, spread
 from studies.folder import StudyFolder
 from studies.jobs import dense_job, trial_jobs
@@ -68,7 +69,7 @@ def run_study(
     Raises:
         LockHeld: If another driver has the study.
         SpecError: If the study was started with another spec.
-        StudyFailed: If the dense reference or three trials in a row fail.
+        StudyFailed: See ``Driver.run``.
     """
     folder = StudyFolder.of(spec)
     with hold_directory(folder.path, spec.name):
@@ -119,7 +120,8 @@ class Driver:
         """Runs until there is nothing left to do or a reason to stop.
 
         Raises:
-            StudyFailed: If the dense reference or three trials in a row fail.
+            StudyFailed: If the dense reference or three trials in a row fail, or a run
+                directory cannot be written or belongs to another spec.
         """
         minutes = self.spec.deadline_minutes or float("inf")
         self._deadline = self.clock() + 60 * minutes
@@ -205,8 +207,11 @@ class Driver:
         if running.has_failed:
             return
         if isinstance(body, Failure):
+            reason = f"run {job.run_id}: {body.message}"
+            if body.kind == "storage" or body.error == RunMismatch.__name__:
+                raise StudyFailed(reason)  # no fault of the trial, which stays to be adopted
             if body.kind != "cancelled":
-                self._fail(running, f"run {job.run_id}: {body.message}", body.kind)
+                self._fail(running, reason, body.kind)
             return
         running.open_seeds.discard(job.seed)
         if not running.open_seeds:

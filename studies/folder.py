@@ -89,14 +89,22 @@ class StudyFolder:
             raise SpecError(f"{path} is not the spec of a study, but of kind {spec.kind!r}")
         return spec.model_copy(update={"root": str(self.root)})
 
-    def freeze(self, spec: StudySpec) -> None:
-        """Writes the spec, or checks that it may go on with what is there.
+    def check(self, spec: StudySpec) -> None:
+        """Checks that a spec may go on with what is there, if anything is.
 
         Raises:
             SpecError: If the study was started with another model, task, space, ...
         """
         if self.is_started:
-            _check_same(self.read_spec(), spec)
+            check_same(self.read_spec(), spec)
+
+    def freeze(self, spec: StudySpec) -> None:
+        """Writes the spec; only the study's driver may.
+
+        Raises:
+            SpecError: If the study was started with another model, task, space, ...
+        """
+        self.check(spec)
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / "spec.yaml", write_spec(spec))
         manifest = {"version": 1, "name": spec.name, "spec_hash": spec_hash(spec)}
@@ -110,7 +118,12 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _check_same(frozen: StudySpec, spec: StudySpec) -> None:
+def check_same(frozen: StudySpec, spec: StudySpec) -> None:
+    """Compares what results depend on.
+
+    Raises:
+        SpecError: With the first key that differs.
+    """
     changes = _differences(identity(frozen), identity(spec))
     if changes:
         place, old, new = changes[0]

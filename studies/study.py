@@ -15,11 +15,13 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from comp.config import PruningConfig
 from studies.errors import SpecError
-from studies.folder import StudyFolder
+from studies.folder import StudyFolder, check_same
 from studies.space import starting_point, suggest
-from studies.spec import StudySpec, spec_hash
+from studies.spec import StudySpec, identity
+from studies.specfile import spec_of
 
 JOURNAL = "optuna.journal"
+IDENTITY = "spec"  # the attribute of an Optuna study that says what it is of
 
 
 @dataclass(eq=False)
@@ -66,7 +68,8 @@ class Study:
         spec: The checked spec; its folder must exist.
 
     Raises:
-        SpecError: If the storage cannot be opened.
+        SpecError: If the storage cannot be opened, or holds a study of this name and another
+            spec, as a database that several people share may.
     """
 
     def __init__(self, spec: StudySpec) -> None:
@@ -81,10 +84,10 @@ class Study:
             direction="maximize",
             load_if_exists=True,
         )
-        attrs = {"model": spec.model, "task": spec.task, "spec_hash": spec_hash(spec)}
-        for key, value in attrs.items():
-            if self._study.user_attrs.get(key) != value:
-                self._study.set_user_attr(key, value)
+        if IDENTITY in self._study.user_attrs:
+            check_same(_stored_spec(self._study), spec)
+        else:
+            self._study.set_user_attr(IDENTITY, identity(spec))
         if not self._study.get_trials(deepcopy=False):
             start = starting_point(spec.pruning, spec.space)
             self._study.enqueue_trial(start, user_attrs={"start": "defaults"})
@@ -205,6 +208,13 @@ def _counts(trials: list[FrozenTrial]) -> dict[str, int]:
         name = trial.state.name.lower()
         counts[name] = counts.get(name, 0) + 1
     return counts
+
+
+def _stored_spec(study: optuna.Study) -> StudySpec:
+    spec = spec_of(study.user_attrs[IDENTITY], f"study {study.study_name!r} in its storage")
+    if not isinstance(spec, StudySpec):
+        raise SpecError(f"study {study.study_name!r} in its storage is of kind {spec.kind!r}")
+    return spec
 
 
 def _storage(spec: StudySpec) -> optuna.storages.BaseStorage:

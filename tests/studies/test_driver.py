@@ -8,6 +8,7 @@ from comp.config import PruningConfig
 from orchestration.executor import Event
 from orchestration.job import Failure
 from orchestration.lock import LockHeld, hold_directory
+from orchestration.storage import StorageError
 from orchestration.store import read_run
 from studies.driver import Outcome, StudyFailed, run_study
 from studies.errors import SpecError
@@ -235,6 +236,47 @@ def test_trials_of_a_dead_driver_go_before_new_ones(tmp_path: Path) -> None:
     executor = SlotsExecutor(2)
     run(spec, executor)
     assert executor.submitted[1:3] == ["s-0000", "s-0001"]
+
+
+def test_a_run_directory_of_another_spec_stops_the_study_and_fails_no_trial(
+    tmp_path: Path,
+) -> None:
+    other = make_spec(tmp_path, "n_trials=1", "pruning.weight_decay=0.2")
+    run(other)
+    (tmp_path / "studies").rename(tmp_path / "moved")
+    with pytest.raises(StudyFailed, match=r"s-dense failed.*config\.weight_decay is 0\.2 there"):
+        run(make_spec(tmp_path, "n_trials=1"))
+    (tmp_path / "runs" / "s-dense").rename(tmp_path / "dense")
+    with pytest.raises(StudyFailed, match=r"run s-0000: .*belongs to another spec"):
+        run(make_spec(tmp_path, "n_trials=1"))
+    (tmp_path / "runs" / "s-0000").rename(tmp_path / "away")
+    assert run(make_spec(tmp_path, "n_trials=1")).counts == {"complete": 1}
+
+
+def test_a_full_disk_stops_the_study_and_fails_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestration.storage import Storage
+
+    spec, write = make_spec(tmp_path, "n_trials=2"), Storage.write
+
+    def fill_up(self: Storage, name: str, data: bytes) -> None:
+        if "s-0001" in self.location and name.startswith("records/00002"):
+            raise StorageError("no space left on device; free some space there")
+        write(self, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write", fill_up)
+        with pytest.raises(StudyFailed, match="s-0001: no space left on device"):
+            run(spec)
+    assert run(spec).counts == {"complete": 2}
+
+
+def test_a_shared_storage_keeps_studies_of_one_name_apart(tmp_path: Path) -> None:
+    storage = f"storage=sqlite:///{tmp_path}/o.db"
+    run(make_spec(tmp_path / "mine", storage, "n_trials=1"))
+    with pytest.raises(SpecError, match=r"started with space\.num_stages\.high = 40"):
+        run(make_spec(tmp_path / "yours", storage, "n_trials=1", "space.num_stages.high=50"))
 
 
 def test_resuming_with_another_space_is_refused(tmp_path: Path) -> None:
