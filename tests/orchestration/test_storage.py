@@ -1,5 +1,6 @@
 """Storage: all or nothing, on a disk and behind pyarrow's file systems, and what it says."""
 
+import contextlib
 import os
 import resource
 from collections.abc import Iterator
@@ -80,40 +81,45 @@ def test_a_tree_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files_only() -> Iterator[None]:
+    """No fixture: pytest's own output may go to a file, which is then too large as well."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.usefixtures("small_files_only")
 def test_a_file_that_does_not_fit_is_named_and_leaves_the_old_one(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     storage.write("x", b"old")
-    with pytest.raises(StorageError, match=f"cannot write {tmp_path}/x: file too large"):
+    with (
+        pytest.raises(StorageError, match=f"cannot write {tmp_path}/x: file too large"),
+        small_files_only(),
+    ):
         storage.write("x", b"0" * 10_000)
     assert storage.read("x") == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def somebody_else() -> Iterator[None]:
-    """Gives up root's right to write everywhere, for this test."""
+    """Gives up root's right to write everywhere."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
-    yield
-    os.seteuid(user)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
-def test_a_directory_that_cannot_be_written_is_named(
-    tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o555)
-    request.getfixturevalue("somebody_else")
-    with pytest.raises(StorageError, match="permission denied; choose a directory that can be"):
+    refused = "permission denied; choose a directory that can be"
+    with pytest.raises(StorageError, match=refused), somebody_else():
         Storage(tmp_path).write("runs/x", b"1")
 
 
