@@ -492,7 +492,7 @@ def test_a_drop_that_drift_has_eaten_is_replaced_by_the_one_predicted() -> None:
 # --- the last step -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["param", "token", "comp", "sjp_tp"])
+@pytest.mark.parametrize("method", ["param", "token", "comp"])
 def test_a_ratio_smaller_than_any_step_is_overshot_rather_than_chased(method: str) -> None:
     pruner = pruner_of(
         method=method, ratios=(0.002,), tolerance=0.0, min_channels=48, probe_samples=1
