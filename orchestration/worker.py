@@ -168,7 +168,7 @@ def _card(job: Job, loaded: "LoadedModel", point: CurvePoint) -> dict[str, Any]:
         "license": loaded.card.get("license", ""),
         "run": job.run_id,
         "point": point.to_dict(),
-        "dense": {"name": loaded.name, **loaded.card},
+        "dense": {"name": loaded.name, "source": job.model, **loaded.card},
     }
 
 

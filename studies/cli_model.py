@@ -123,7 +123,7 @@ def measure(
         torch.set_num_threads(threads)
     with mistakes():
         loaded, built = _load(model, ratio, task, data)
-        reference = dense or loaded.card.get("pruned_from")
+        reference = dense or loaded.card.get("dense", {}).get("source")
         if not reference:
             raise ValueError(f"{model} does not say what it was pruned from; name it with --dense")
         original = load_model(reference)
