@@ -1,5 +1,6 @@
 """What a person sees while jobs run: one live line per job, or one line per event in a log."""
 
+import math
 import shutil
 import sys
 import time
@@ -113,7 +114,7 @@ def _line(state: _State, record: Record | None = None) -> str:
     if stage is None:
         return f"{name} measures the dense model" if not state.point else f"{name} begins"
     cells = {
-        "stage": f"stage {stage.stage}/{job.config.get('num_stages', '?')}",
+        "stage": f"stage {stage.stage}/{_stages(job, stage)}",
         "mode": stage.mode.replace("_", " "),
         "ratio": f"ratio {stage.ratio:.2f}/{_target(job):.2f}",
         "val": f"val {stage.val:.2f}",
@@ -136,6 +137,17 @@ def _ending(state: _State, body: JobEnd | Failure) -> str:
     if isinstance(body, Failure):
         return f"{name} {body.kind}: {body.message}"
     return f"{name} done, {_show_point(state.point)}" if state.point else f"{name} done"
+
+
+def _stages(job: Job, stage: StageRecord) -> str:
+    """Returns how many stages there will be: an estimate once capped quanta stretch the way."""
+    planned = job.config.get("num_stages")
+    if planned is None:
+        return "?"
+    left = _target(job) - stage.ratio
+    if left <= 0 or stage.stage < planned:
+        return str(max(planned, stage.stage))
+    return f"~{stage.stage + math.ceil(left * stage.stage / max(stage.ratio, 1e-3))}"
 
 
 def _target(job: Job) -> float:

@@ -3,6 +3,7 @@
 import io
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,19 @@ def test_running_jobs_have_a_line_each_below_what_stays(tmp_path: Path) -> None:
     lines = screen_of(stream.getvalue())
     assert lines[0] == "a remark"
     assert [line[:18] for line in lines[1:]] == ["trial 0   stage 2/", "trial 1   stage 2/"]
+
+
+def test_stages_beyond_the_plan_are_estimated_from_the_ratio_reached(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    planned, target = job.config["num_stages"], job.config["ratios"][-1]
+    stream = io.StringIO()
+    progress = Progress(stream, live=False)
+    handle = Handle(job)
+    for number, ratio in ((planned, target / 2), (2 * planned, target)):
+        stage = replace(make_stage(number), ratio=ratio)
+        progress.update(Event(handle, Record(0, stage, time.time())))
+    shown = re.findall(r"stage (\S+)", stream.getvalue())
+    assert shown == [f"{planned}/~{2 * planned}", f"{2 * planned}/{2 * planned}"]
 
 
 def test_a_lost_worker_is_said_on_a_line_that_stays(tmp_path: Path) -> None:
