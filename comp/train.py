@@ -63,12 +63,12 @@ RECIPES: dict[str, Recipe] = {
     "blip-tiny-vqa": Recipe(task="vqa", steps=4000),
     "blip-tiny-nlvr2": Recipe(
         task="nlvr2",
-        steps=1800,
+        steps=5000,
         batch_size=24,
         learning_rate=7e-4,
         warmup=100,
         init="blip-tiny-vqa",
-        align_steps=700,
+        align_steps=1500,
     ),
     "clip-tiny-retrieval": Recipe(task="retrieval", steps=4000, batch_size=128),
 }
