@@ -1,6 +1,7 @@
 """Who may import whom: the lines that keep the algorithm free of the orchestration."""
 
 import ast
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ def test_the_strategy_is_pure_python() -> None:
 
 def test_every_import_is_declared_as_a_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {line.split(">=")[0].replace("-", "_") for line in project["dependencies"]}
+    declared = {re.split(r"\[|>=", line)[0].replace("-", "_") for line in project["dependencies"]}
     imported = {name.split(".")[0] for path in FILES for name in imported_modules(path)}
     foreign = imported - set(sys.stdlib_module_names) - set(PACKAGES)
     needed = {DISTRIBUTION_OF.get(name, name).replace("-", "_") for name in foreign}
