@@ -8,13 +8,16 @@ sent last.
 
 import contextlib
 import errno
+import functools
 import os
+import re
 import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from pyarrow import fs
 
@@ -30,8 +33,107 @@ _REMEDIES = {
 }
 
 
+# What object stores say, matched in this order against the text of the error.
+_REMOTE = (
+    ("NO_SUCH_BUCKET|bucket.* not found", "the bucket does not exist", "make it or name another"),
+    (
+        "StorageFull|QuotaExceeded|HTTP status 507|No space left",
+        "the store is full",
+        "free some space there",
+    ),
+    (
+        "INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN|EXPIRED_TOKEN",
+        "the store does not know the key in use",
+        "put a valid one into the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)",
+    ),
+    (
+        "ACCESS_DENIED|Forbidden|HTTP status 403|Permission denied",
+        "access is denied",
+        "ask for the right to read and write there, or name another place",
+    ),
+    (
+        "NETWORK_CONNECTION|resolve host|curlCode|resolving region|imed out|UNAVAILABLE",
+        "the store cannot be reached",
+        "check the network and AWS_ENDPOINT_URL",
+    ),
+    ("libjvm|libhdfs", "Hadoop's client is not installed", "install it and set HADOOP_HOME"),
+)
+
+
 class StorageError(RuntimeError):
-    """Results cannot be written. What was written before is intact."""
+    """Results cannot be written or read. What was written before is intact."""
+
+
+def is_remote(location: str | Path) -> bool:
+    """Tells whether a location is a URI of something else than a local disk."""
+    return "://" in str(location) and not str(location).startswith("file://")
+
+
+def _local_path(location: str | Path) -> Path:
+    text = str(location)
+    return Path(unquote(urlsplit(text).path) if text.startswith("file://") else text)
+
+
+def join(location: str | Path, *names: str) -> str:
+    """Returns the location of something inside a directory; options behind ``?`` stay last."""
+    if not is_remote(location):
+        return str(_local_path(location).joinpath(*names))
+    base, mark, options = str(location).partition("?")
+    return "/".join([base.rstrip("/"), *names]) + mark + options
+
+
+def parent(location: str | Path, levels: int = 1) -> str:
+    """Returns the directory that many levels above a location."""
+    if not is_remote(location):
+        return str(_local_path(location).absolute().parents[levels - 1])
+    base, mark, options = str(location).partition("?")
+    return base.rstrip("/").rsplit("/", levels)[0] + mark + options
+
+
+def last_name(location: str | Path) -> str:
+    """Returns the last part of a location, which is the run id for a run directory."""
+    return str(location).partition("?")[0].rstrip("/").rpartition("/")[2]
+
+
+def absolute(location: str | Path) -> str:
+    """Returns a location that means the same from any directory.
+
+    Raises:
+        ValueError: If a URI is not known to pyarrow, holds a password, or climbs with ``..``.
+    """
+    if not is_remote(location):
+        return str(_local_path(location).resolve())
+    text = str(location)
+    parts = urlsplit(text)
+    if "@" in parts.netloc:
+        hidden = f"{parts.scheme}://***@{parts.netloc.rpartition('@')[2]}{parts.path}"
+        raise ValueError(
+            f"a storage URI must not hold a key or a password, but got {hidden!r}; put it into "
+            "the environment, for example AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    if ".." in parts.path.split("/") or not parts.netloc:
+        raise ValueError(
+            f"a storage URI must name a place such as s3://BUCKET/DIRECTORY, but got {text!r}"
+        )
+    if parts.scheme not in SCHEMES:
+        raise ValueError(
+            f"storage must be a path or a URI that starts with one of {', '.join(SCHEMES)}, but "
+            f"got {text!r}"
+        )
+    return join(text)
+
+
+SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss", "mock")
+
+
+@functools.lru_cache(maxsize=16)
+def _filesystem(prefix: str, options: str) -> Any:
+    """Opens a file system once per process: S3 looks up where a bucket is each time."""
+    is_google = prefix.startswith(("gs://", "gcs://"))
+    if is_google and "retry_limit_seconds" not in options:
+        options += "&" if options else ""
+        options += "retry_limit_seconds=30"  # the default waits fifteen minutes
+    return fs.FileSystem.from_uri(prefix + ("?" + options if options else ""))[0]
 
 
 class Storage:
@@ -51,24 +153,23 @@ class Storage:
             path: The directory inside ``filesystem``.
 
         Raises:
-            ValueError: If the URI's scheme is not known.
+            ValueError: If it is a URI that cannot be used, see ``absolute``.
+            StorageError: If the store cannot be reached to find out where its bucket is.
         """
         self.location = str(location)
         self.local: Path | None = None
         self._fs, self._path = filesystem, path
-        if filesystem is None and "://" in self.location:
+        if filesystem is None and is_remote(location):
+            self.location = absolute(location)
+            parts = urlsplit(self.location)
             try:
-                self._fs, self._path = fs.FileSystem.from_uri(self.location)
-            except (ValueError, NotImplementedError) as error:
-                raise ValueError(
-                    f"storage must be a path or a URI that pyarrow knows, but got {location!r}: "
-                    f"{error}"
-                ) from error
-            if isinstance(self._fs, fs.LocalFileSystem):
-                self.location = self._path
-                self._fs = None
+                self._fs = _filesystem(f"{parts.scheme}://{parts.netloc}", parts.query)
+            except (OSError, ValueError, NotImplementedError) as error:
+                raise StorageError(f"cannot open {self.location}: {_told(error)}") from error
+            in_bucket = parts.scheme not in ("hdfs", "viewfs")
+            self._path = (parts.netloc if in_bucket else "") + parts.path.rstrip("/")
         if self._fs is None:
-            self.local = Path(self.location).absolute()
+            self.local = _local_path(location).absolute()
             self.location = str(self.local)
 
     def _inside(self, name: str) -> str:
@@ -76,7 +177,7 @@ class Storage:
 
     def child(self, name: str) -> "Storage":
         """Returns a directory inside this one."""
-        location = f"{self.location.rstrip('/')}/{name}"
+        location = join(self.location, name)
         return Storage(location, self._fs, self._inside(name) if self._fs else "")
 
     def write(self, name: str, data: bytes) -> None:
@@ -150,6 +251,7 @@ class Storage:
 
         Raises:
             FileNotFoundError: If there is no such directory.
+            StorageError: If the store cannot be read.
         """
         if self.local is not None:
             if not (self.local / name).is_dir():
@@ -158,12 +260,13 @@ class Storage:
             return
         with tempfile.TemporaryDirectory() as scratch:
             root = self._inside(name)
-            for info in self._fs.get_file_info(fs.FileSelector(root, recursive=True)):
-                if info.type == fs.FileType.File:
-                    target = Path(scratch) / Path(info.path).relative_to(root)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with self._fs.open_input_stream(info.path) as stream:
-                        target.write_bytes(stream.read())
+            with self._explained(name, "read"):
+                for info in self._fs.get_file_info(fs.FileSelector(root, recursive=True)):
+                    if info.type == fs.FileType.File:
+                        target = Path(scratch) / Path(info.path).relative_to(root)
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        with self._fs.open_input_stream(info.path) as stream:
+                            target.write_bytes(stream.read())
             yield Path(scratch)
 
     def read(self, name: str) -> bytes:
@@ -171,20 +274,25 @@ class Storage:
 
         Raises:
             FileNotFoundError: If there is no such file.
+            StorageError: If the store cannot be read.
         """
         if self.local is not None:
             try:
                 return (self.local / name).read_bytes()
             except NotADirectoryError as error:
                 raise FileNotFoundError(f"there is no file {self.local / name}") from error
-        with self._fs.open_input_stream(self._inside(name)) as stream:
+        with (
+            self._explained(name, "read"),
+            self._fs.open_input_stream(self._inside(name)) as stream,
+        ):
             return bytes(stream.read())
 
     def exists(self, name: str) -> bool:
         """Says whether there is such a file or directory."""
         if self.local is not None:
             return (self.local / name).exists()
-        info = self._fs.get_file_info(self._inside(name))
+        with self._explained(name, "read"):
+            info = self._fs.get_file_info(self._inside(name))
         return bool(info.type != fs.FileType.NotFound)
 
     def names(self, under: str = ".") -> list[str]:
@@ -194,7 +302,8 @@ class Storage:
             found = [path.name for path in directory.iterdir()] if directory.is_dir() else []
         else:
             selector = fs.FileSelector(self._inside(under), allow_not_found=True)
-            found = [info.base_name for info in self._fs.get_file_info(selector)]
+            with self._explained(under, "read"):
+                found = [info.base_name for info in self._fs.get_file_info(selector)]
         return sorted(name for name in found if not name.startswith("."))
 
     def sizes(self, under: str) -> dict[str, int]:
@@ -203,7 +312,8 @@ class Storage:
             files = [path for path in (self.local / under).rglob("*") if path.is_file()]
             return {p.relative_to(self.local).as_posix(): p.stat().st_size for p in sorted(files)}
         selector = fs.FileSelector(self._inside(under), recursive=True, allow_not_found=True)
-        infos = [i for i in self._fs.get_file_info(selector) if i.type == fs.FileType.File]
+        with self._explained(under, "read"):
+            infos = [i for i in self._fs.get_file_info(selector) if i.type == fs.FileType.File]
         return {Path(i.path).relative_to(self._path).as_posix(): int(i.size) for i in infos}
 
     def remove(self, name: str) -> None:
@@ -227,16 +337,29 @@ class Storage:
                 self._fs.delete_file(info.path)
 
     @contextlib.contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
+    def _explained(self, name: str, verb: str = "write") -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            remedy = _REMEDIES.get(error.errno or 0, "mend that")
+            if verb == "read" and isinstance(error, FileNotFoundError):
+                raise
+            where = self.location if name == "." else join(self.location, name)
             raise StorageError(
-                f"cannot write {self.location}/{name}: {reason}; {remedy} and give the same "
-                "command again, finished stages are kept"
+                f"cannot {verb} {where}: {_told(error)} and give the same command again, "
+                "finished stages are kept"
             ) from error
+
+
+def _told(error: Exception) -> str:
+    """Returns the reason and what to do, in two clauses."""
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        return f"{(error.strerror or '').lower()}; {_REMEDIES[error.errno]}"
+    text = str(error)
+    for pattern, reason, remedy in _REMOTE:
+        if re.search(pattern, text):
+            return f"{reason}; {remedy}"
+    short = text.partition("(Request ID")[0].strip().rstrip(".:") or type(error).__name__
+    return f"{short[0].lower()}{short[1:]}; mend that"
 
 
 def _sync(path: Path) -> None:

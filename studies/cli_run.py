@@ -105,7 +105,7 @@ def compare(
     from studies.comparison import compare_runs, find_runs
 
     with mistakes():
-        found = find_runs(runs, Path(root or DEFAULT_ROOT))
+        found = find_runs(runs, root or DEFAULT_ROOT)
         comparison = compare_runs(found, ratios, "val" if metric == "val" else "test")
         written = [str(path) for path in comparison.write(csv=csv, parquet=parquet, png=png)]
     lines = [comparison.to_text(), *(f"wrote {path}" for path in written)]

@@ -1,6 +1,5 @@
 """``comp study``: run, continue and look at what was run."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -60,11 +59,11 @@ def resume(
     name: str, inline: bool, overrides: tuple[str, ...], root: str | None, as_json: bool
 ) -> None:
     """Go on with a study that was started under the root."""
-    from studies.specfile import load_study
+    from studies.specfile import load_frozen_study
 
     with mistakes():
         folder = find_folder(name, root)
-        checked = load_study(str(folder.path / "spec.yaml"), overrides, str(folder.root))
+        checked = load_frozen_study(folder.read_values(), folder.location, overrides)
     conduct(checked, inline=inline, as_json=as_json)
 
 
@@ -79,7 +78,7 @@ def status(name: str | None, root: str | None, as_json: bool) -> None:
     from studies.study import summarize
 
     if name is None:
-        base = Path(root or DEFAULT_ROOT)
+        base = root or DEFAULT_ROOT
         found = [summarize(folder) for folder in StudyFolder.all_under(base)]
         lines = [f"{one.name}: {show_counts(one.counts)} of {one.n_trials}" for one in found]
         values = [{"name": one.name, "counts": one.counts} for one in found]
@@ -111,7 +110,7 @@ def best(name: str, root: str | None, as_json: bool) -> None:
     winner = report.summary.best
     if winner is None:
         raise click.ClickException(f"study {name!r} has no complete trial yet")
-    directories = [str(folder.runs / run_id) for run_id in winner.runs]
+    directories = [folder.run(run_id) for run_id in winner.runs]
     values = {**trial_dict(winner), "directories": directories, "table": report.to_dict()["table"]}
     answer(as_json, values, "\n".join([report.to_text(), "", *directories]))
 
@@ -140,7 +139,7 @@ def conduct(
     *,
     inline: bool,
     as_json: bool,
-    next_steps: "Callable[[StudyReport, Path], list[tuple[str, str]]] | None" = None,
+    next_steps: "Callable[[StudyReport, str], list[tuple[str, str]]] | None" = None,
 ) -> None:
     """Runs a study unless it is finished, writes its report and prints the result.
 
@@ -170,11 +169,11 @@ def conduct(
         reasons = {trial.reason for trial in report.summary.trials if trial.reason}
         raise click.ClickException(f"no trial has a value: {'; '.join(sorted(reasons))}")
     written = write_report(folder, report)
-    values = {"why": why, "directory": str(folder.path), "files": [str(path) for path in written]}
+    values = {"why": why, "directory": folder.location, "files": written}
     lines = [report.to_text()]
     if written:
-        lines += ["", f"plot:   {written[0]}", f"report: {folder.path / 'report.md'}"]
-    for heading, command in next_steps(report, folder.path) if next_steps else []:
+        lines += ["", f"plot:   {written[0]}", f"report: {written[-1]}"]
+    for heading, command in next_steps(report, folder.location) if next_steps else []:
         lines += ["", f"{heading}:", f"  {command}"]
     answer(as_json, {**report.to_dict(), **values}, "\n".join(lines))
 
@@ -187,7 +186,7 @@ def find_folder(name: str, root: str | None) -> "StudyFolder":
     """
     from studies.folder import StudyFolder
 
-    return StudyFolder.find(Path(root or DEFAULT_ROOT), name)
+    return StudyFolder.find(root or DEFAULT_ROOT, name)
 
 
 def show_counts(counts: dict[str, int]) -> str:

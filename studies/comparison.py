@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from comp.config import nearest
+from orchestration.storage import Storage, join, parent
 from orchestration.store import Run, list_runs, read_run
 from studies.curves import (
     Curve,
@@ -109,7 +110,7 @@ class Comparison:
         return written
 
 
-def find_runs(names: Sequence[str], root: Path) -> list[Run]:
+def find_runs(names: Sequence[str], root: str | Path) -> list[Run]:
     """Finds runs by directory, run id or study, each once and in the order named.
 
     Raises:
@@ -126,20 +127,18 @@ def find_runs(names: Sequence[str], root: Path) -> list[Run]:
     return list(found.values())
 
 
-def _locations(name: str, root: Path) -> list[str]:
-    path = Path(name)
-    for place in (path, root / "runs" / name):
-        if (place / "job.json").is_file():
-            return [str(place)]
-    for place in (path, root / "studies" / name):
-        if (place / "study.json").is_file():
-            study = json.loads((place / "study.json").read_text(encoding="utf-8"))["name"]
-            runs = list_runs(place.parent.parent / "runs")
+def _locations(name: str, root: str | Path) -> list[str]:
+    for place in (name, join(root, "runs", name)):
+        if Storage(place).exists("job.json"):
+            return [place]
+    for place in (name, join(root, "studies", name)):
+        if Storage(place).exists("study.json"):
+            study = json.loads(Storage(place).read("study.json"))["name"]
+            runs = list_runs(join(parent(place, 2), "runs"))
             return [location for location in runs if read_run(location).job.study == study]
-    if (path / "runs").is_dir() and name not in ("", "."):
-        return list_runs(path / "runs")
-    known = [p.parent.name for p in root.glob("studies/*/study.json")]
-    known += [p.parent.name for p in root.glob("runs/*/job.json")]
+    if name not in ("", ".") and Storage(name).exists("runs"):
+        return list_runs(join(name, "runs"))
+    known = [*Storage(join(root, "studies")).names(), *Storage(join(root, "runs")).names()]
     raise SpecError(
         f"{name!r} is no run directory, and no run or study under {root}{nearest(name, known)}"
     )

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from comp.results import CurvePoint
 from orchestration.executor import Event, Executor, Handle
 from orchestration.job import DEFAULT_RUNNER, Failure, Job, JobEnd, Record
-from orchestration.lock import hold_directory
 from orchestration.store import RunMismatch
 from studies.curves import Curve, spread
 from studies.folder import StudyFolder
@@ -72,7 +71,7 @@ def run_study(
         StudyFailed: See ``Driver.run``.
     """
     folder = StudyFolder.of(spec)
-    with hold_directory(folder.path, spec.name):
+    with folder.hold():
         folder.freeze(spec)
         with open_executor() as executor, executor.hold(spec.name):
             driver = Driver(spec, executor, consumers, should_stop=should_stop, runner=runner)

@@ -8,16 +8,26 @@
                            report.md report.json curves.png curves.svg curves.parquet
     <root>/runs/<run id>/                  one run each; see orchestration/store.py
     <root>/mlflow.db  mlflow-artifacts/    MLflow, unless a tracking URI is given
+
+The root may be a URI such as ``s3://bucket/directory``. Then the journal is a directory
+``optuna.journal`` of objects, and MLflow's file is on the driver's disk, see
+``specfile.tracking_uri``.
 """
 
+import contextlib
 import json
 import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from comp.config import nearest
 from orchestration.job import check_name
+from orchestration.lock import hold_location
+from orchestration.storage import Storage, absolute, is_remote, join
 from studies.errors import SpecError
 from studies.spec import RUNTIME_KEYS, StudySpec, identity, spec_hash
 from studies.specfile import spec_of, write_spec
@@ -29,26 +39,26 @@ class StudyFolder:
     """Where a study keeps its files.
 
     Attributes:
-        root: The directory of all studies and runs, absolute.
+        root: The directory of all studies and runs: an absolute path or a URI.
         name: Name of the study.
     """
 
-    root: Path
+    root: str
     name: str
 
     @classmethod
     def of(cls, spec: StudySpec) -> "StudyFolder":
         """Returns the folder of a spec, which need not exist."""
-        return cls(Path(spec.root).resolve(), spec.name)
+        return cls(absolute(spec.root), spec.name)
 
     @classmethod
-    def find(cls, root: Path, name: str) -> "StudyFolder":
+    def find(cls, root: str | Path, name: str) -> "StudyFolder":
         """Returns the folder of a study that was started.
 
         Raises:
             SpecError: If there is none of that name.
         """
-        folder = cls(root.resolve(), check_name("study", name))
+        folder = cls(absolute(root), check_name("study", name))
         if not folder.is_started:
             known = [other.name for other in cls.all_under(root)]
             have = f"; studies there: {', '.join(known)}" if known else ""
@@ -57,25 +67,67 @@ class StudyFolder:
         return folder
 
     @classmethod
-    def all_under(cls, root: Path) -> "list[StudyFolder]":
+    def all_under(cls, root: str | Path) -> "list[StudyFolder]":
         """Returns the folders of all studies that were started under a root, by name."""
-        manifests = sorted(root.resolve().glob("studies/*/study.json"))
-        return [cls(root.resolve(), path.parent.name) for path in manifests]
+        studies = Storage(join(absolute(root), "studies"))
+        return [
+            cls(absolute(root), name)
+            for name in studies.names()
+            if studies.exists(f"{name}/study.json")
+        ]
+
+    @property
+    def location(self) -> str:
+        """The study's own directory: an absolute path or a URI."""
+        return join(self.root, "studies", self.name)
+
+    @property
+    def storage(self) -> Storage:
+        """The study's own directory, to read from and write to."""
+        return Storage(self.location)
 
     @property
     def path(self) -> Path:
-        """The study's own directory."""
-        return self.root / "studies" / self.name
+        """The study's own directory on a local disk.
+
+        Raises:
+            SpecError: If the root is a URI.
+        """
+        if is_remote(self.root):
+            raise SpecError(f"{self.location} is not on a local disk; copy it to one for that")
+        return Path(self.location)
 
     @property
-    def runs(self) -> Path:
+    def runs(self) -> str:
         """The directory that holds one directory a run."""
-        return self.root / "runs"
+        return join(self.root, "runs")
+
+    def run(self, run_id: str) -> str:
+        """Returns the directory of a run."""
+        return join(self.root, "runs", run_id)
 
     @property
     def is_started(self) -> bool:
         """Whether a spec was frozen here."""
-        return (self.path / "study.json").is_file()
+        return self.storage.exists("study.json")
+
+    def hold(self) -> AbstractContextManager[None]:
+        """Keeps other drivers off the study.
+
+        Raises:
+            LockHeld: If another driver has it (on entry).
+        """
+        return hold_location(self.location, self.name)
+
+    def read_values(self) -> Any:
+        """Returns the frozen spec as raw values, with this folder's root.
+
+        Raises:
+            ValueError: If the file was changed by hand so that it is no YAML.
+        """
+        text = self.storage.read("spec.yaml").decode()
+        values = read_yaml(text, join(self.location, "spec.yaml"))
+        return {**values, "root": self.root} if isinstance(values, dict) else values
 
     def read_spec(self) -> StudySpec:
         """Returns the frozen spec, with this folder's root.
@@ -83,11 +135,11 @@ class StudyFolder:
         Raises:
             SpecError: If the file was changed by hand, or by a version that knows other keys.
         """
-        path = self.path / "spec.yaml"
-        spec = spec_of(read_yaml(path.read_text(encoding="utf-8"), str(path)), str(path))
+        where = join(self.location, "spec.yaml")
+        spec = spec_of(self.read_values(), where)
         if not isinstance(spec, StudySpec):
-            raise SpecError(f"{path} is not the spec of a study, but of kind {spec.kind!r}")
-        return spec.model_copy(update={"root": str(self.root)})
+            raise SpecError(f"{where} is not the spec of a study, but of kind {spec.kind!r}")
+        return spec
 
     def check(self, spec: StudySpec) -> None:
         """Checks that a spec may go on with what is there, if anything is.
@@ -103,12 +155,36 @@ class StudyFolder:
 
         Raises:
             SpecError: If the study was started with another model, task, space, ...
+            StorageError: If the root cannot be written.
         """
         self.check(spec)
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / "spec.yaml", write_spec(spec))
+        self.storage.write("spec.yaml", write_spec(spec).encode())
         manifest = {"version": 1, "name": spec.name, "spec_hash": spec_hash(spec)}
-        write_atomically(self.path / "study.json", json.dumps(manifest, indent=1) + "\n")
+        self.storage.write("study.json", (json.dumps(manifest, indent=1) + "\n").encode())
+
+    def write_files(self, fill: Callable[[Path], list[Path]]) -> list[str]:
+        """Writes files into the folder and returns where they are.
+
+        Args:
+            fill: Writes files into the local directory that it is given and returns them.
+
+        Raises:
+            StorageError: If the root cannot be written.
+        """
+        with self._directory() as directory:
+            written = fill(directory)
+            if is_remote(self.root):
+                for path in written:
+                    self.storage.write(path.name, path.read_bytes())
+        return [join(self.location, path.name) for path in written]
+
+    @contextlib.contextmanager
+    def _directory(self) -> Iterator[Path]:
+        if not is_remote(self.root):
+            yield self.path
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
 
 
 def write_atomically(path: Path, text: str) -> None:

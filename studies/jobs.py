@@ -1,11 +1,11 @@
 """Turns specs into jobs. The same spec and trial give the same run ids in every driver."""
 
 import dataclasses
-from pathlib import Path
 
 from comp.config import PruningConfig
 from comp.results import CurvePoint
 from orchestration.job import DEFAULT_RUNNER, Job
+from orchestration.storage import absolute, join
 from studies.spec import PruneSpec, RunSpec, StudySpec
 from studies.specfile import write_spec
 
@@ -66,7 +66,7 @@ def _job(spec: RunSpec, run_id: str, config: PruningConfig, *, study: str, runne
         config=config.to_dict(),
         seed=config.seed,
         method=config.method,
-        run_dir=str(Path(spec.root).resolve() / "runs" / run_id),
+        run_dir=join(absolute(spec.root), "runs", run_id),
         spec_text=write_spec(again),
         threads=spec.resources.threads,
         runner=runner,

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from orchestration.storage import is_remote, join, parent
 from studies.report import StudyReport
 from studies.spec import StudySpec
 from studies.specfile import tracking_uri
@@ -16,12 +17,12 @@ MLFLOW_PORT = 5000
 DASHBOARD_PORT = 8080
 
 
-def next_steps(report: StudyReport, directory: Path) -> list[tuple[str, str]]:
+def next_steps(report: StudyReport, directory: str) -> list[tuple[str, str]]:
     """Returns what to do next: a heading and a command each.
 
     Args:
         report: A study with at least one complete trial.
-        directory: The study's directory.
+        directory: The study's directory, a path or a URI.
     """
     spec = report.spec
     steps = [
@@ -30,7 +31,7 @@ def next_steps(report: StudyReport, directory: Path) -> list[tuple[str, str]]:
     ]
     best = report.summary.best
     if best is not None:
-        run_spec = directory.parent.parent / "runs" / best.runs[0] / "spec.yaml"
+        run_spec = join(parent(directory, 2), "runs", best.runs[0], "spec.yaml")
         steps.append(
             (
                 "the best settings once more; put the directory of your own model into model=",
@@ -56,10 +57,12 @@ def mlflow_command(spec: StudySpec) -> str:
     )
 
 
-def dashboard_command(spec: StudySpec, directory: Path) -> str:
+def dashboard_command(spec: StudySpec, directory: str) -> str:
     """Returns the command that opens the Optuna dashboard on a study's storage."""
+    if spec.storage == "journal" and is_remote(directory):
+        return "# the Optuna dashboard reads local journals and databases, not object stores"
     is_file = spec.storage == "journal"
-    where = quote(directory / JOURNAL) if is_file else shlex.quote(spec.storage)
+    where = quote(join(directory, JOURNAL)) if is_file else shlex.quote(spec.storage)
     return f"{program('optuna-dashboard')} {where} --port {free_port(DASHBOARD_PORT)}"
 
 
@@ -72,9 +75,11 @@ def program(name: str) -> str:
     return quote(own)
 
 
-def quote(path: Path) -> str:
-    """Returns a path for a shell: relative where that is shorter."""
-    here = Path.cwd()
+def quote(place: str | Path) -> str:
+    """Returns a path or URI for a shell: relative where that is shorter."""
+    if is_remote(place):
+        return shlex.quote(str(place))
+    here, path = Path.cwd(), Path(place)
     shown = path.relative_to(here) if path.is_relative_to(here) else path
     return shlex.quote(str(shown))
 

@@ -1,5 +1,6 @@
 """What came out of a study: a table for people, JSON for programs, the plot of the curves."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -145,8 +146,8 @@ def read_report(folder: StudyFolder) -> StudyReport:
     found = {}
     for trial in summary.trials:
         for run_id in trial.runs:
-            if (folder.runs / run_id / "job.json").is_file():
-                run = read_run(folder.runs / run_id)
+            with contextlib.suppress(FileNotFoundError):
+                run = read_run(folder.run(run_id))
                 curve = curve_of(run)
                 if curve is not None:
                     found[run_id] = (run, curve)
@@ -162,7 +163,7 @@ def read_report(folder: StudyFolder) -> StudyReport:
     )
 
 
-def write_report(folder: StudyFolder, report: StudyReport) -> list[Path]:
+def write_report(folder: StudyFolder, report: StudyReport) -> list[str]:
     """Writes the plot, the points and the report into the study's folder.
 
     Returns:
@@ -173,13 +174,17 @@ def write_report(folder: StudyFolder, report: StudyReport) -> list[Path]:
         return []
     spec = report.spec
     title = f"{spec.name}: {spec.model} on {spec.task}"
-    written = plot_study(report.curves, report.best, folder.path / "curves", title=title)
-    table = folder.path / "curves.parquet"
-    write_points(report.runs, table)
-    values, page = folder.path / "report.json", folder.path / "report.md"
-    write_atomically(values, json.dumps(report.to_dict(), indent=1) + "\n")
-    write_atomically(page, report.to_markdown(written[0].name))
-    return [*written, table, values, page]
+
+    def fill(directory: Path) -> list[Path]:
+        plots = plot_study(report.curves, report.best, directory / "curves", title=title)
+        table = directory / "curves.parquet"
+        write_points(report.runs, table)
+        values, page = directory / "report.json", directory / "report.md"
+        write_atomically(values, json.dumps(report.to_dict(), indent=1) + "\n")
+        write_atomically(page, report.to_markdown(plots[0].name))
+        return [*plots, table, values, page]
+
+    return folder.write_files(fill)
 
 
 def ratio_rows(curves: Sequence[Curve]) -> tuple[RatioRow, ...]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from orchestration.executor import Event, Executor, InlineExecutor, Resources
 from orchestration.job import DEFAULT_RUNNER, Failure, Job, JobEnd, Record
-from orchestration.lock import hold_directory
+from orchestration.lock import hold_location
 from orchestration.progress import Progress
-from orchestration.storage import Storage
+from orchestration.storage import Storage, last_name
 from orchestration.store import list_runs, read_run
 from orchestration.tracked import SCORES
 from orchestration.tracking import PLOTS, UNSYNCED, MlflowTracker, NullTracker, Tracker
@@ -68,7 +68,7 @@ def conduct_run(spec: PruneSpec, *, runner: str = DEFAULT_RUNNER) -> JobEnd | Fa
     """
     job, switch = prune_job(spec, runner), StopSwitch()
     with (
-        hold_directory(Path(job.run_dir), spec.name),
+        hold_location(job.run_dir, spec.name),
         showing_progress() as progress,
         mirroring(spec, SINGLE_RUNS) as mirror,
         stop_on_signals(switch, progress.print),
@@ -187,9 +187,9 @@ def sync_study(folder: StudyFolder, *, everything: bool = False) -> tuple[list[s
     mine = runs_of(folder)
     sent = []
     for location in mine:
-        if everything or (Path(location) / UNSYNCED).exists():
+        if everything or Storage(location).exists(UNSYNCED):
             tracker.sync(location)
-            sent.append(Path(location).name)
+            sent.append(last_name(location))
     return sent, len(mine)
 
 

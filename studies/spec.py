@@ -7,17 +7,29 @@ Reading files, overrides and the wording of errors are in :mod:`studies.specfile
 import hashlib
 import json
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Discriminator, Field, PlainValidator, Tag, field_validator, model_validator
 
 from comp.config import PruningConfig
 from orchestration.job import check_name
+from orchestration.storage import absolute
 from studies.domains import CONFIG_KEYS, TARGET_RATIO, Config, Domain, Number, Section, check_keys
 from studies.space import check_space
 
 MAX_NAME = 100  # leaves room for "-0003-s1" in a run id
 MEASURE_KEYS = ("seed", "eval_samples", "test_samples", "eval_batch_size", "device", "autocast")
 STORAGE_SCHEMES = ("sqlite", "postgresql", "postgresql+psycopg2", "postgresql+psycopg")
+
+
+def refuse_password(name: str, url: str, variables: str) -> None:
+    """Raises a ``ValueError`` if a URL holds a password: specs are written down in many places."""
+    place = urlsplit(url).netloc.rpartition("@")[0]
+    if ":" in place:
+        raise ValueError(
+            f"{name} must not hold a password, because specs are kept in files; leave it out of "
+            f"the URL and set {variables} in the environment"
+        )
 
 
 def check_ratio(name: str, ratio: float) -> None:
@@ -107,6 +119,13 @@ class Tracking(Section):
     uri: str | None = None
     enabled: bool = True
 
+    @field_validator("uri")
+    @classmethod
+    def _check_uri(cls, uri: str | None) -> str | None:
+        if uri is not None:
+            refuse_password("uri", uri, "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+        return uri
+
 
 def _read_gpus(gpus: Any) -> Literal["auto"] | float:
     if gpus == "auto":
@@ -152,6 +171,12 @@ class RunSpec(Section):
         if len(name) > MAX_NAME:
             raise ValueError(f"name must have at most {MAX_NAME} characters, but got {len(name)}")
         return name
+
+    @field_validator("root")
+    @classmethod
+    def _check_root(cls, root: str) -> str:
+        absolute(root)
+        return root
 
 
 class PruneSpec(RunSpec):
@@ -225,6 +250,7 @@ class StudySpec(RunSpec):
                 "storage must be 'journal' or a URL that starts with sqlite:/// or "
                 f"postgresql://, but got {storage!r}"
             )
+        refuse_password("storage", storage, "PGPASSWORD")
         return storage
 
     @model_validator(mode="after")

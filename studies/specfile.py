@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from comp.config import nearest
+from orchestration.storage import absolute, is_remote, join
 from studies.errors import SpecError, sentences
 from studies.presets import preset_names, preset_path
 from studies.spec import PruneSpec, RunSpec, Spec, StudySpec
@@ -137,8 +138,13 @@ def check_places(spec: RunSpec) -> None:
 
 
 def tracking_uri(spec: RunSpec) -> str:
-    """Returns the spec's MLflow address, else the environment's, else a file under the root."""
-    own = f"sqlite:///{Path(spec.root).resolve() / 'mlflow.db'}"
+    """Returns the spec's MLflow address, else the environment's, else a file under the root.
+
+    A database cannot lie in an object store: with a root there, the file is
+    ``comp-runs/mlflow.db`` in the current directory.
+    """
+    place = "comp-runs" if is_remote(spec.root) else spec.root
+    own = f"sqlite:///{join(absolute(place), 'mlflow.db')}"
     return spec.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or own
 
 
@@ -146,7 +152,7 @@ def resolve_places(spec: AnySpec) -> AnySpec:
     """Makes the paths of a spec absolute, so that it means the same from any directory."""
     model = str(Path(spec.model).resolve()) if Path(spec.model).is_dir() else spec.model
     data = None if spec.data is None else str(Path(spec.data).resolve())
-    changes = {"model": model, "data": data, "root": str(Path(spec.root).resolve())}
+    changes = {"model": model, "data": data, "root": absolute(spec.root)}
     return spec.model_copy(update=changes)
 
 
@@ -162,10 +168,27 @@ def load_study(source: str, overrides: Sequence[str], root: str | None = None) -
         SpecError: If anything is wrong.
         FileNotFoundError: If there is no such file and no such preset.
     """
-    spec = read_spec(source, [*overrides, *_root(root)])
+    return _checked_study(read_spec(source, [*overrides, *_root(root)]), source)
+
+
+def load_frozen_study(values: Any, where: str, overrides: Sequence[str]) -> StudySpec:
+    """Checks the spec of a study that was started; like ``load_study``.
+
+    Args:
+        values: What ``StudyFolder.read_values`` gives.
+        where: What to call them in an error.
+        overrides: ``"dotted.key=value"`` each.
+
+    Raises:
+        SpecError: If anything is wrong.
+    """
+    return _checked_study(spec_of(override(values, overrides), where), where)
+
+
+def _checked_study(spec: RunSpec, where: str) -> StudySpec:
     if not isinstance(spec, StudySpec):
-        command = f"comp prune {source}"
-        raise SpecError(f"{source} is of kind {spec.kind!r}; run it with {command!r}")
+        command = f"comp prune {where}"
+        raise SpecError(f"{where} is of kind 'prune'; run it with {command!r}")
     check_places(spec)
     return resolve_places(spec)
 

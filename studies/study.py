@@ -7,6 +7,7 @@ because such trials bias the sampler and their work is on disk.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -16,6 +17,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from comp.config import PruningConfig
 from studies.errors import SpecError
 from studies.folder import StudyFolder, check_same
+from studies.journal import ObjectJournal
 from studies.space import starting_point, suggest
 from studies.spec import StudySpec, identity
 from studies.specfile import spec_of
@@ -179,7 +181,7 @@ def summarize(folder: StudyFolder, spec: StudySpec | None = None) -> StudySummar
     """
     spec = spec or folder.read_spec()
     _quiet()
-    if spec.storage == "journal" and not (folder.path / JOURNAL).is_file():
+    if spec.storage == "journal" and not folder.storage.exists(JOURNAL):
         return StudySummary(spec.name, spec.n_trials, {}, ())
     try:
         study = optuna.load_study(study_name=spec.name, storage=_storage(spec))
@@ -219,8 +221,9 @@ def _stored_spec(study: optuna.Study) -> StudySpec:
 
 def _storage(spec: StudySpec) -> optuna.storages.BaseStorage:
     if spec.storage == "journal":
-        path = StudyFolder.of(spec).path / JOURNAL
-        return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+        journal = StudyFolder.of(spec).storage.child(JOURNAL)
+        backend = ObjectJournal(journal) if journal.local is None else _file(journal.local)
+        return optuna.storages.JournalStorage(backend)
     try:
         return optuna.storages.RDBStorage(spec.storage)
     except ImportError as error:
@@ -229,6 +232,10 @@ def _storage(spec: StudySpec) -> optuna.storages.BaseStorage:
             f"storage {scheme}:// needs a database driver that is not installed ({error}); "
             "pip install psycopg2-binary, or leave storage out for a journal file"
         ) from None
+
+
+def _file(path: Path) -> JournalFileBackend:
+    return JournalFileBackend(str(path))
 
 
 def _quiet() -> None:

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "matplotlib": ("studies/*",),
     "mlflow": ("orchestration/tracking.py",),
     "openmoji": ("comp/data/*",),
-    "optuna": ("studies/space.py", "studies/study.py"),
+    "optuna": ("studies/journal.py", "studies/space.py", "studies/study.py"),
     "orchestration": ("orchestration/*", "studies/*"),
     "pyarrow": ("comp/data/*", "orchestration/stor*.py", "studies/curves.py"),
     "pydantic": ("studies/*",),

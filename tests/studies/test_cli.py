@@ -272,7 +272,7 @@ def test_the_report_is_written_beside_the_study(root: Path) -> None:
     from studies.folder import StudyFolder
 
     folder = StudyFolder.find(root, "s")
-    names = {path.name for path in write_report(folder, read_report(folder))}
+    names = {Path(path).name for path in write_report(folder, read_report(folder))}
     assert names == {"curves.png", "curves.svg", "curves.parquet", "report.md", "report.json"}
 
 

@@ -84,7 +84,7 @@ def test_names_cannot_climb_out_of_the_root(tmp_path: Path) -> None:
 
 def test_studies_of_a_root_are_found_by_name(tmp_path: Path) -> None:
     frozen(tmp_path)
-    assert StudyFolder.all_under(tmp_path) == [StudyFolder(tmp_path, "s")]
+    assert StudyFolder.all_under(tmp_path) == [StudyFolder(str(tmp_path), "s")]
     assert StudyFolder.all_under(tmp_path / "nowhere") == []
 
 

@@ -22,7 +22,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str]]:
     spec = make_spec(tmp_path_factory.mktemp("a root"), "n_trials=1")
     run(spec)
     folder = StudyFolder.of(spec)
-    return next_steps(read_report(folder), folder.path)
+    return next_steps(read_report(folder), folder.location)
 
 
 def test_there_are_three_commands_and_each_says_what_for(steps: list[tuple[str, str]]) -> None:
@@ -44,9 +44,11 @@ def test_a_port_in_use_is_passed_over() -> None:
         assert free_port(taken) > taken
 
 
-def test_a_tracking_server_is_named_without_its_password(tmp_path: Path) -> None:
-    spec = make_spec(tmp_path, "tracking.uri=https://me:secret@mlflow.example:8443")
-    assert mlflow_command(spec) == "# open https://mlflow.example:8443"
+def test_a_tracking_server_is_named_without_its_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example:8443")
+    assert mlflow_command(make_spec(tmp_path)) == "# open https://mlflow.example:8443"
 
 
 @pytest.mark.slow

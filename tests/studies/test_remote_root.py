@@ -1,0 +1,109 @@
+"""Studies whose root is a URI: the same study, in a local S3."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestration.storage import StorageError, join
+from studies.cli import cli
+from studies.comparison import find_runs
+from studies.errors import SpecError
+from studies.folder import StudyFolder
+from studies.report import read_report, write_report
+from studies.session import conduct_study, sync_study
+from studies.study import Study, summarize
+from tests.object_store import SECRET, ObjectStore, serving
+from tests.studies.synthetic import RUNNER, make_spec
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[ObjectStore]:
+    with serving() as server:
+        yield server
+
+
+def test_a_study_lies_in_an_object_store_and_goes_on_there(
+    store: ObjectStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracking = f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
+    small = (f"root={store.root}", "parallel=1", tracking)
+    spec = make_spec(tmp_path, *small, "n_trials=1")
+    conduct_study(spec, inline=True, runner=RUNNER)
+    assert conduct_study(
+        make_spec(tmp_path, *small, "n_trials=2"), inline=True, runner=RUNNER
+    ).counts == {"complete": 2}
+    folder = StudyFolder.find(store.root, "s")
+    written = write_report(folder, read_report(folder))
+    assert set(map(folder.storage.exists, ("report.md", "curves.png", "spec.yaml"))) == {True}
+    assert written[-1] == f"{store.root}/studies/s/report.md"
+    assert [run.job.run_id for run in find_runs(["s"], store.root)] == ["s-0000", "s-0001"]
+    assert sync_study(folder) == ([], 3)
+    assert list(tmp_path.glob("*/")) == [tmp_path / "mlflow-artifacts"]
+
+    assert (
+        cli.main(["study", "status", "--root", store.root, "--json"], standalone_mode=False) == 0
+    )
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert json.loads(last)["studies"] == [{"name": "s", "counts": {"complete": 2}}]
+
+
+def test_the_journal_in_an_object_store_is_read_back(store: ObjectStore, tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, f"root={store.root}", "name=journal", "n_trials=3")
+    StudyFolder.of(spec).freeze(spec)
+    study = Study(spec)
+    first, second = study.ask(), study.ask()
+    assert first is not None
+    assert second is not None
+    first.complete(3.5)
+    again = summarize(StudyFolder.of(spec))
+    assert [trial.value for trial in again.trials] == [3.5, None]
+    adopted = list(Study(spec).adopt())
+    assert [(trial.number, trial.config) for trial in adopted] == [(1, second.config)]
+
+
+def test_a_store_that_denies_stops_a_study_before_any_work(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    spec = make_spec(tmp_path, f"root={store.root}/denied", "tracking.enabled=false")
+    store.check_keys()
+    try:
+        with pytest.raises(
+            StorageError,
+            match=f"{store.root}/denied/studies/s.*AWS_ACCESS_KEY_ID|access is denied",
+        ):
+            conduct_study(spec, inline=True, runner=RUNNER)
+    finally:
+        store.trust()
+    assert not StudyFolder.of(spec).is_started
+
+
+def test_nothing_in_the_store_holds_the_key(store: ObjectStore) -> None:
+    from orchestration.storage import Storage
+
+    storage = Storage(store.root)
+    names = list(storage.sizes("studies")) + list(storage.sizes("runs"))
+    assert len(names) > 20
+    assert [name for name in names if SECRET.encode() in storage.read(name)] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ("root=s3://AKIA:hunter2@bucket/x", "AWS_SECRET_ACCESS_KEY"),
+        ("tracking.uri=https://me:hunter2@mlflow.example", "MLFLOW_TRACKING_PASSWORD"),
+        ("storage=postgresql://me:hunter2@db/optuna", "PGPASSWORD"),
+    ],
+)
+def test_a_password_in_a_spec_is_refused_and_not_repeated(
+    tmp_path: Path, change: str, remedy: str
+) -> None:
+    with pytest.raises(SpecError, match="must not hold a") as caught:
+        make_spec(tmp_path, change)
+    assert remedy in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_places_in_a_root_are_joined(store: ObjectStore) -> None:
+    assert StudyFolder(store.root, "s").run("s-1") == join(store.root, "runs", "s-1")
