@@ -9,12 +9,15 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import RayActorError
 
+from orchestration.clusters.local import is_loopback
 from orchestration.executor import Resources
 from orchestration.lock import LockHeld
 
@@ -78,7 +81,8 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> Clust
 def _join(address: str) -> Cluster:
     try:
         _knock(address)
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with _on_loopback(_is_only_local(address)):
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         raise ClusterError(_explain(address, error)) from error
     return Cluster(address, owned=True)
@@ -90,9 +94,48 @@ def _knock(address: str) -> None:
     Raises:
         OSError: If nothing does within five seconds.
     """
+    place = _host_and_port(address)
+    if place:
+        socket.create_connection(place, timeout=5.0).close()
+
+
+def _host_and_port(address: str) -> tuple[str, int] | None:
     host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if colon and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=5.0).close()
+    return (host, int(port)) if colon and port.isdigit() else None
+
+
+def _is_only_local(address: str) -> bool:
+    """Tells whether a cluster answers on loopback alone, as those of ``comp cluster up`` do."""
+    place = _host_and_port(address)
+    if place is None or not is_loopback(place[0]) or "://" in address:
+        return False
+    try:
+        socket.create_connection((ray.util.get_node_ip_address(), place[1]), timeout=2.0).close()
+    except OSError:
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _on_loopback(wanted: bool) -> Iterator[None]:
+    """Keeps Ray from putting the machine's outer address in the place of loopback.
+
+    Ray does so for clusters of several machines, and then listens to everybody. It has one switch
+    for that, made for other operating systems, which it reads from the environment once.
+    """
+    name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    before, known = os.environ.get(name), getattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
+    if wanted:
+        os.environ[name] = "0"
+        ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = known
+        if wanted and before is None:
+            del os.environ[name]
+        elif before is not None:
+            os.environ[name] = before
 
 
 def _start(num_cpus: int | None) -> Cluster:
@@ -102,15 +145,16 @@ def _start(num_cpus: int | None) -> Cluster:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     scratch = Path(tempfile.mkdtemp(prefix="comp-ray-", dir=_short_temporary_directory()))
     try:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_MIB * 2**20,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=str(scratch),
-        )
+        with _on_loopback(True):
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_MIB * 2**20,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(scratch),
+            )
     except Exception as error:
         shutil.rmtree(scratch, ignore_errors=True)
         raise ClusterError(f"Ray did not start on this machine: {_first_line(error)}") from error
@@ -135,15 +179,69 @@ def _explain(address: str, error: Exception) -> str:
                 f"this process has Ray {our_ray} on Python {our_python}; install the cluster's "
                 "versions here, or unset RAY_ADDRESS to work on this machine alone"
             )
+    if "oken" in text and re.search("authenti|InvalidAuthToken|Unauthorized", text, re.I):
+        return (
+            f"the Ray cluster at {address} asks for a token; set RAY_AUTH_MODE=token, and the "
+            "cluster's token as RAY_AUTH_TOKEN or its file as RAY_AUTH_TOKEN_PATH"
+        )
     return (
-        f"no Ray cluster can be joined at {address} ({_first_line(error)}); start one with 'ray "
-        "start --head', or unset RAY_ADDRESS to work on this machine alone"
+        f"no Ray cluster can be joined at {address} ({_first_line(error)}); start one with 'comp "
+        "cluster up', or unset RAY_ADDRESS to work on this machine alone"
     )
 
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+@dataclass(frozen=True)
+class ClusterState:
+    """What a cluster has.
+
+    Attributes:
+        nodes: Address of every node that is alive, and its resources.
+        total: Resources of all of them: ``CPU``, ``GPU``, ``memory`` (bytes), ...
+        free: What of that is free.
+        ray_version: Version of Ray.
+    """
+
+    nodes: dict[str, dict[str, float]]
+    total: dict[str, float]
+    free: dict[str, float]
+    ray_version: str
+
+
+def read_state() -> ClusterState:
+    """Returns what the cluster has that this process is connected to."""
+    nodes = {
+        f"{node['NodeManagerAddress']} {node['NodeID'][:6]}": _countable(node["Resources"])
+        for node in _ray.nodes()
+        if node["Alive"]
+    }
+    total, free = _ray.cluster_resources(), _ray.available_resources()
+    return ClusterState(nodes, _countable(total), _countable(free), ray.__version__)
+
+
+def wait_for_nodes(num_nodes: int, timeout: float) -> None:
+    """Waits until the cluster that this process is connected to has so many nodes.
+
+    Raises:
+        ClusterError: If it has fewer after ``timeout`` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while len(read_state().nodes) < num_nodes:
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"{len(read_state().nodes)} of {num_nodes} nodes joined within {timeout:g} s; see "
+                "the logs of the others, or wait longer"
+            )
+        time.sleep(0.5)
+
+
+def _countable(resources: dict[str, float]) -> dict[str, float]:
+    """Leaves out what Ray keeps for itself: one resource for every node's name."""
+    return {k: v for k, v in sorted(resources.items()) if not k.startswith("node:")}
 
 
 def total_gpus() -> float:

@@ -3,6 +3,7 @@
 import click
 
 from studies.cli_base import CompGroup, example
+from studies.cli_cluster import cluster
 from studies.cli_data import data, presets
 from studies.cli_model import diagnose, evaluate, measure
 from studies.cli_run import compare, demo, prune
@@ -38,6 +39,7 @@ for _command in (
     data,
     models,
     presets,
+    cluster,
 ):
     cli.add_command(_command)
 
