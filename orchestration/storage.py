@@ -180,8 +180,13 @@ class Storage:
         location = join(self.location, name)
         return Storage(location, self._fs, self._inside(name) if self._fs else "")
 
-    def write(self, name: str, data: bytes) -> None:
-        """Writes a file so that it is there entirely or not at all, whenever the machine stops.
+    def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
+        """Writes a file so that it is there entirely or not at all.
+
+        Args:
+            name: Its path inside this directory.
+            data: Its content.
+            durable: Whether that holds for a power cut too, or only for killed processes.
 
         Raises:
             StorageError: If the disk is full, read-only or otherwise unwilling.
@@ -197,7 +202,8 @@ class Storage:
                 with temporary.open("wb") as stream:
                     stream.write(data)
                     stream.flush()
-                    os.fsync(stream.fileno())
+                    if durable:
+                        os.fsync(stream.fileno())
                 temporary.rename(target)
             finally:
                 temporary.unlink(missing_ok=True)

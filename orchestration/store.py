@@ -109,14 +109,13 @@ class RunDirectory:
         header = _read_json(run.storage, "job.json")
         if header is None:
             run._write_json("job.json", _header(job))
-            run.storage.write("spec.yaml", job.spec_text.encode())
+            run.storage.write("spec.yaml", job.spec_text.encode(), durable=False)
         else:
             _check_owner(job, header, run.storage.location)
         run.records, run.finished = _read_records(run.storage)
         if not run.finished:
-            run._write_json(
-                "owner.json", {"token": run._token, "attempt": job.attempt, **_place()}
-            )
+            owner = {"token": run._token, "attempt": job.attempt, **_place()}
+            run._write_json("owner.json", owner, durable=False)
             run.storage.remove("failure.json")
             run._drop_states(newer_than=len(run.records) - 1)
         return run
@@ -205,8 +204,8 @@ class RunDirectory:
             if not older_than <= int(name) <= newer_than:
                 self.storage.remove(f"state/{name}")
 
-    def _write_json(self, name: str, values: Mapping[str, Any]) -> None:
-        self.storage.write(name, (json.dumps(values, indent=1) + "\n").encode())
+    def _write_json(self, name: str, values: Mapping[str, Any], *, durable: bool = True) -> None:
+        self.storage.write(name, (json.dumps(values, indent=1) + "\n").encode(), durable=durable)
 
 
 def write_failure(location: str, failure: Failure) -> None:

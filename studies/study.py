@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from comp.config import PruningConfig
 from studies.errors import SpecError
 from studies.folder import StudyFolder, check_same
-from studies.journal import ObjectJournal
+from studies.journal import FileJournal, ObjectJournal
 from studies.space import starting_point, suggest
 from studies.spec import StudySpec, identity
 from studies.specfile import spec_of
@@ -77,8 +76,9 @@ class Study:
     def __init__(self, spec: StudySpec) -> None:
         self.spec = spec
         _quiet()
+        storage, self._journal = _storage(spec)
         self._study = optuna.create_study(
-            storage=_storage(spec),
+            storage=storage,
             study_name=spec.name,
             sampler=optuna.samplers.TPESampler(
                 seed=spec.sampler.seed, n_startup_trials=spec.sampler.startup_trials
@@ -110,7 +110,13 @@ class Study:
     def _open(self, trial: Trial, reported: set[int]) -> OpenTrial:
         config = suggest(trial, self.spec.pruning, self.spec.space)
         trial.set_user_attr("config", json.dumps(config.to_dict()))
+        self._make_durable()
         return OpenTrial(trial.number, config, reported, trial)
+
+    def _make_durable(self) -> None:
+        """Keeps a power cut from forgetting a trial whose jobs have written files."""
+        if self._journal is not None:
+            self._journal.sync()
 
     def counts(self) -> dict[str, int]:
         """Returns how many trials are in each state, by its name in lower case."""
@@ -184,7 +190,7 @@ def summarize(folder: StudyFolder, spec: StudySpec | None = None) -> StudySummar
     if spec.storage == "journal" and not folder.storage.exists(JOURNAL):
         return StudySummary(spec.name, spec.n_trials, {}, ())
     try:
-        study = optuna.load_study(study_name=spec.name, storage=_storage(spec))
+        study = optuna.load_study(study_name=spec.name, storage=_storage(spec)[0])
     except KeyError:
         return StudySummary(spec.name, spec.n_trials, {}, ())
     trials = study.get_trials(deepcopy=False)
@@ -219,23 +225,22 @@ def _stored_spec(study: optuna.Study) -> StudySpec:
     return spec
 
 
-def _storage(spec: StudySpec) -> optuna.storages.BaseStorage:
+def _storage(spec: StudySpec) -> tuple[optuna.storages.BaseStorage, FileJournal | None]:
+    """Opens a study's storage, and its journal file if that is what it is."""
     if spec.storage == "journal":
         journal = StudyFolder.of(spec).storage.child(JOURNAL)
-        backend = ObjectJournal(journal) if journal.local is None else _file(journal.local)
-        return optuna.storages.JournalStorage(backend)
+        if journal.local is None:
+            return optuna.storages.JournalStorage(ObjectJournal(journal)), None
+        file = FileJournal(journal.local)
+        return optuna.storages.JournalStorage(file), file
     try:
-        return optuna.storages.RDBStorage(spec.storage)
+        return optuna.storages.RDBStorage(spec.storage), None
     except ImportError as error:
         scheme = spec.storage.partition("://")[0]
         raise SpecError(
             f"storage {scheme}:// needs a database driver that is not installed ({error}); "
             "pip install psycopg2-binary, or leave storage out for a journal file"
         ) from None
-
-
-def _file(path: Path) -> JournalFileBackend:
-    return JournalFileBackend(str(path))
 
 
 def _quiet() -> None:
