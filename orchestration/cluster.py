@@ -1,6 +1,7 @@
 """A running Ray to work on: one started here for this process, or one that already runs."""
 
 import contextlib
+import fcntl
 import logging
 import os
 import re
@@ -11,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import ray
 from ray._private import ray_constants
@@ -31,6 +32,10 @@ class ClusterError(RuntimeError):
     """There is no Ray cluster to work on, or it has no room."""
 
 
+class HeadLost(ClusterError):
+    """The head node of the cluster is gone, and with it every actor."""
+
+
 class Cluster:
     """A connection to Ray.
 
@@ -39,7 +44,7 @@ class Cluster:
         owned: Whether the cluster was started for this process and ends with it.
     """
 
-    def __init__(self, address: str, *, owned: bool, scratch: Path | None = None) -> None:
+    def __init__(self, address: str, *, owned: bool, scratch: "_Scratch | None" = None) -> None:
         self.address, self.owned = address, owned
         self._scratch = scratch
 
@@ -48,7 +53,7 @@ class Cluster:
         if self.owned:
             ray.shutdown()
         if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch.remove()
 
     def __enter__(self) -> Self:
         return self
@@ -110,7 +115,8 @@ def _is_only_local(address: str) -> bool:
     if place is None or not is_loopback(place[0]) or "://" in address:
         return False
     try:
-        socket.create_connection((ray.util.get_node_ip_address(), place[1]), timeout=2.0).close()
+        outside = _ray.util.get_node_ip_address(), place[1]
+        socket.create_connection(outside, timeout=2.0).close()
     except OSError:
         return True
     return False
@@ -143,7 +149,7 @@ def _start(num_cpus: int | None) -> Cluster:
     # these two Ray writes a token into the home directory and talks about both.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    scratch = Path(tempfile.mkdtemp(prefix="comp-ray-", dir=_short_temporary_directory()))
+    scratch = _Scratch()
     try:
         with _on_loopback(True):
             ray.init(
@@ -153,12 +159,99 @@ def _start(num_cpus: int | None) -> Cluster:
                 object_store_memory=OBJECT_STORE_MIB * 2**20,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                _temp_dir=str(scratch),
+                _temp_dir=str(scratch.path),
             )
     except Exception as error:
-        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.remove()
         raise ClusterError(f"Ray did not start on this machine: {_first_line(error)}") from error
     return Cluster(ray.get_runtime_context().gcs_address, owned=True, scratch=scratch)
+
+
+class _Scratch:
+    """The directory of a Ray that ends with this process.
+
+    A driver that is killed cannot remove its own; the next one does, which it may because the
+    kernel has given up the dead one's lock.
+
+    Attributes:
+        path: The directory.
+    """
+
+    def __init__(self) -> None:
+        place = Path(_short_temporary_directory())
+        _remove_orphans(place)
+        self.path = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=place))
+        self._lock: IO[str] = (self.path / _OWNED).open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def remove(self) -> None:
+        """Deletes it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+
+_SCRATCH, _OWNED = "comp-ray-", "owner.lock"
+
+
+def _remove_orphans(place: Path) -> None:
+    """Deletes the scratch directories whose drivers are dead."""
+    for path in place.glob(f"{_SCRATCH}*"):
+        try:
+            lock = (path / _OWNED).open("r+")
+        except OSError:
+            continue  # another user's, or just being made
+        with lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class HeadWatch:
+    """Notices that the head node is gone before Ray does, which then ends the process.
+
+    Ray tries for a minute to reach its head again and then exits without a word to anybody's
+    handlers.
+    """
+
+    def __init__(self, *, patience: float = 5.0, interval: float = 1.0) -> None:
+        """Finds the head of the cluster that this process is connected to.
+
+        Args:
+            patience: Seconds without an answer after which it counts as gone.
+            interval: Seconds between two looks.
+        """
+        self.address = str(ray.get_runtime_context().gcs_address)
+        self._patience, self._interval = patience, interval
+        self._place = _host_and_port(self.address)
+        if not self._answers():  # reached through Ray's client, say: then there is no telling
+            self._place = None
+        self._last_answer = self._last_look = time.monotonic()
+
+    def _answers(self) -> bool:
+        if self._place is None:
+            return True
+        try:
+            socket.create_connection(self._place, timeout=1.0).close()
+        except OSError:
+            return False
+        return True
+
+    def check(self) -> None:
+        """Looks, if it is time.
+
+        Raises:
+            HeadLost: If there was no answer for longer than ``patience``.
+        """
+        now = time.monotonic()
+        if now - self._last_look < self._interval:
+            return
+        self._last_look = now
+        if self._answers():
+            self._last_answer = now
+        elif now - self._last_answer > self._patience:
+            raise HeadLost(
+                f"the head node of the Ray cluster at {self.address} is gone; start it again and "
+                "give the same command, which goes on after the last finished stages"
+            )
 
 
 def _short_temporary_directory() -> str:

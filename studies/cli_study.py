@@ -14,6 +14,7 @@ from studies.cli_base import (
     say,
     with_spec,
 )
+from studies.cli_jobs import address_option, attach, submit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,20 +35,40 @@ def study() -> None:
     """Search settings with Optuna on a pool of Ray workers."""
 
 
-@study.command(epilog=example("comp study run demo-vqa --root comp-runs --set n_trials=12"))
+@study.command(
+    epilog=example(
+        "comp study run demo-vqa --root comp-runs --set n_trials=12",
+        "comp study run demo-vqa --root s3://bucket/comp --address http://127.0.0.1:8265",
+    )
+)
 @click.argument("spec")
 @inline_option
+@address_option
 @with_spec
 @common
 def run(
-    spec: str, inline: bool, overrides: tuple[str, ...], root: str | None, as_json: bool
+    spec: str,
+    inline: bool,
+    address: str | None,
+    overrides: tuple[str, ...],
+    root: str | None,
+    as_json: bool,
 ) -> None:
     """Run the study of SPEC, a YAML file or a preset; the same command continues it."""
-    from studies.specfile import load_study
+    from studies.specfile import load_study, load_study_for
 
     with mistakes():
-        checked = load_study(spec, overrides, root)
-    conduct(checked, inline=inline, as_json=as_json)
+        if address is None:
+            checked = load_study(spec, overrides, root)
+        else:
+            checked = load_study_for(address, spec, overrides, root)
+    if address is None:
+        conduct(checked, inline=inline, as_json=as_json)
+    else:
+        submit(checked, address, inline=inline, as_json=as_json)
+
+
+study.add_command(attach)
 
 
 @study.command(epilog=example("comp study resume demo-vqa --set n_trials=20"))

@@ -171,6 +171,39 @@ def load_study(source: str, overrides: Sequence[str], root: str | None = None) -
     return _checked_study(read_spec(source, [*overrides, *_root(root)]), source)
 
 
+def load_study_for(
+    address: str, source: str, overrides: Sequence[str], root: str | None = None
+) -> StudySpec:
+    """Reads the spec of a study that a cluster will run; like ``load_study``.
+
+    On a cluster elsewhere, places are checked there.
+
+    Args:
+        address: URL of the cluster.
+        source: A YAML file or a preset.
+        overrides: ``"dotted.key=value"`` each.
+        root: Put over the spec's root, if given.
+
+    Raises:
+        SpecError: If anything is wrong, or a place means something on this machine only.
+        FileNotFoundError: If there is no such file and no such preset.
+    """
+    from orchestration.clusters.local import check_address, is_loopback
+
+    if is_loopback(str(check_address(address).hostname)):
+        return load_study(source, overrides, root)
+    spec = read_spec(source, [*overrides, *_root(root)])
+    if not isinstance(spec, StudySpec):
+        raise SpecError(f"{source} is of kind {spec.kind!r}, but a cluster runs studies")
+    for name, place in (("root", spec.root), ("data", spec.data)):
+        if place is not None and not is_remote(place) and not Path(place).is_absolute():
+            raise SpecError(
+                f"{name} must be a URI or an absolute path that the machines of {address} share, "
+                f"but got {place!r}"
+            )
+    return spec
+
+
 def load_frozen_study(values: Any, where: str, overrides: Sequence[str]) -> StudySpec:
     """Checks the spec of a study that was started; like ``load_study``.
 

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import SplitResult, urlsplit
 
 import psutil
 
@@ -164,6 +165,8 @@ def start(
     ]
     own = os.environ | running.environment() | {MARK: running.mark}
     own.pop("RAY_ADDRESS")
+    # Jobs find the Python of this environment first.
+    own["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), own.get("PATH", os.defpath)])
     if is_local:
         # Otherwise Ray puts the machine's outer address in the place of loopback.
         own["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -218,6 +221,21 @@ def stop(name: str = "local") -> int:
     count = _end(running)
     _forget(running)
     return count
+
+
+def check_address(address: str) -> SplitResult:
+    """Splits the address of a job server or of Ray's client.
+
+    Raises:
+        ValueError: If it is of another form.
+    """
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https", "ray") or not parts.hostname:
+        raise ValueError(
+            "the address of a job server must look like http://HOST:8265 or ray://HOST:10001, but "
+            f"got {address!r}; for HOST:6379 set RAY_ADDRESS and leave --address out"
+        )
+    return parts
 
 
 def is_loopback(host: str) -> bool:
