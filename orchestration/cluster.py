@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
+import grpc
 import ray
 from ray._private import ray_constants
 from ray.exceptions import RayActorError
@@ -86,8 +87,11 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> Clust
 def _join(address: str) -> Cluster:
     try:
         _knock(address)
+        _check_terms(address)
         with _on_loopback(_is_only_local(address)):
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except ClusterError:
+        raise
     except Exception as error:
         raise ClusterError(_explain(address, error)) from error
     return Cluster(address, owned=True)
@@ -102,6 +106,57 @@ def _knock(address: str) -> None:
     place = _host_and_port(address)
     if place:
         socket.create_connection(place, timeout=5.0).close()
+
+
+def _check_terms(address: str) -> None:
+    """Asks the cluster whether it takes our token and runs our version.
+
+    Ray itself tries for 20 seconds with a wrong token, writes a line on standard error for each
+    attempt and then names no reason. What does not answer as expected is left to Ray.
+
+    Raises:
+        ClusterError: If it refuses the token, or runs another version.
+    """
+    place = _host_and_port(address)
+    if place is None or "://" in address:
+        return
+    try:
+        with grpc.insecure_channel(f"{place[0]}:{place[1]}") as channel:
+            ask = channel.unary_unary(
+                "/ray.rpc.NodeInfoGcsService/CheckAlive",
+                request_serializer=bytes,
+                response_deserializer=bytes,
+            )
+            reply: bytes = ask(b"", timeout=5.0, metadata=_token())
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            raise ClusterError(_NEEDS_TOKEN.format(address)) from error
+        return
+    found = re.search(rb"\d+\.\d+\.\d+[\w.]*", reply)
+    theirs = found.group().decode() if found else ray.__version__
+    if theirs != ray.__version__:
+        raise ClusterError(
+            f"the Ray cluster at {address} runs Ray {theirs}, but this process has Ray "
+            f"{ray.__version__}; install the cluster's version here (pip install "
+            f"'ray[default]=={theirs}'), or unset RAY_ADDRESS to work on this machine alone"
+        )
+
+
+_NEEDS_TOKEN = (
+    "the Ray cluster at {} asks for a token; set RAY_AUTH_MODE=token, and the cluster's token as "
+    "RAY_AUTH_TOKEN or its file as RAY_AUTH_TOKEN_PATH"
+)
+
+
+def _token() -> tuple[tuple[str, str], ...]:
+    """Returns our token as Ray's clients send it; nothing if there is none to be sent."""
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        return ()
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    token = os.environ.get("RAY_AUTH_TOKEN", "")
+    with contextlib.suppress(OSError):
+        token = token or path.read_text(encoding="utf-8").strip()
+    return (("authorization", f"Bearer {token}"),) if token else ()
 
 
 def _host_and_port(address: str) -> tuple[str, int] | None:
@@ -273,10 +328,7 @@ def _explain(address: str, error: Exception) -> str:
                 "versions here, or unset RAY_ADDRESS to work on this machine alone"
             )
     if "oken" in text and re.search("authenti|InvalidAuthToken|Unauthorized", text, re.I):
-        return (
-            f"the Ray cluster at {address} asks for a token; set RAY_AUTH_MODE=token, and the "
-            "cluster's token as RAY_AUTH_TOKEN or its file as RAY_AUTH_TOKEN_PATH"
-        )
+        return _NEEDS_TOKEN.format(address)
     return (
         f"no Ray cluster can be joined at {address} ({_first_line(error)}); start one with 'comp "
         "cluster up', or unset RAY_ADDRESS to work on this machine alone"

@@ -125,6 +125,11 @@ class RayJobs:
         Raises:
             ClusterError: If the connection breaks off; the job goes on.
         """
+        state = self.state(job)
+        if state.has_ended:
+            with _explained(self.address):
+                write(self._client.get_job_logs(job))
+            return state
 
         async def stream() -> None:
             async for text in self._client.tail_job_logs(job):

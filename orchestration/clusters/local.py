@@ -316,26 +316,34 @@ def _processes(running: Running) -> list[psutil.Process]:
             if process.environ().get(MARK) == running.mark:
                 found[process.pid] = process
                 found |= {child.pid: child for child in process.children(recursive=True)}
-    alive = []
-    for process in found.values():
-        with contextlib.suppress(psutil.Error):
-            if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
-                alive.append(process)
-    return alive
+    return [p for p in found.values() if p.pid != os.getpid() and _is_alive(p)]
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def _wait(processes: list[psutil.Process], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(map(_is_alive, processes)) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _end(running: Running) -> int:
     everything = _processes(running)
-    for process in everything:
-        if process.pid == running.pid:
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(signal.SIGTERM)
-    psutil.wait_procs(everything, timeout=STOP_SECONDS)
+    first = [process for process in everything if process.pid == running.pid]
+    for process in first:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(signal.SIGTERM)
+    _wait(first, STOP_SECONDS)
     left = _processes(running)
     for process in left:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(left, timeout=STOP_SECONDS)
+    _wait(left, 2.0)
     shutil.rmtree(running.scratch, ignore_errors=True)
     return len(everything)
 
