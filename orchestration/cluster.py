@@ -368,6 +368,25 @@ def read_state() -> ClusterState:
     return ClusterState(nodes, _countable(total), _countable(free), ray.__version__)
 
 
+def wait_for_head(address: str, timeout: float) -> None:
+    """Waits until something answers at an address.
+
+    Raises:
+        ClusterError: If nothing does after ``timeout`` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return _knock(address)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"no head came up at {address} within {timeout:g} s; see its log, or wait "
+                    "longer"
+                ) from error
+        time.sleep(0.5)
+
+
 def wait_for_nodes(num_nodes: int, timeout: float) -> None:
     """Waits until the cluster that this process is connected to has so many nodes.
 

@@ -98,6 +98,10 @@ def up(
     answer(as_json, values, "\n".join(lines))
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def exposed(host: str, port: int, auth: str) -> str:
     """Returns a warning in plain words for ports that others can reach."""
     guard = (
@@ -141,13 +145,15 @@ def status(
             return
         address = running.address
         os.environ.update(running.environment())
-    from orchestration.cluster import connect, read_state, wait_for_nodes
+    from orchestration.cluster import connect, read_state, wait_for_head, wait_for_nodes
 
+    if wait_nodes:
+        wait_for_head(address, timeout)
     with connect(address):
         if wait_nodes:
             wait_for_nodes(wait_nodes, timeout)
         state = read_state()
-    lines = [f"cluster at {address}: {len(state.nodes)} nodes, Ray {state.ray_version}"]
+    lines = [f"cluster at {address}: {_count(len(state.nodes), 'node')}, Ray {state.ray_version}"]
     for resource in ("CPU", "GPU"):
         if total := state.total.get(resource):
             lines.append(f"  {resource}s: {state.free.get(resource, 0.0):g} of {total:g} free")
