@@ -21,7 +21,7 @@ from ray.exceptions import RayActorError
 
 from orchestration.clusters.local import is_loopback
 from orchestration.executor import Resources
-from orchestration.lock import LockHeld
+from orchestration.lock import LockHeld, is_alive
 
 OBJECT_STORE_MIB = 200  # jobs and records are small; models are loaded by the workers themselves
 NAMESPACE = "comp"
@@ -496,7 +496,9 @@ def _claim(study: str, *, patience: float = 10.0) -> Any:
         except ValueError:  # the name is taken
             with contextlib.suppress(RayActorError, ValueError):
                 holder: Any = ray.get_actor(name, NAMESPACE)
-                raise LockHeld(study, *ray.get(holder.owner.remote())) from None
+                host, pid = ray.get(holder.owner.remote())
+                if host != me[0] or is_alive(pid):
+                    raise LockHeld(study, host, pid) from None
         if time.monotonic() > deadline:
             raise ClusterError(f"the lock of study {study!r} is neither free nor held; try again")
         time.sleep(0.2)  # its holder has just died, and Ray has not noticed yet

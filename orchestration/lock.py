@@ -141,7 +141,7 @@ def hold_storage(storage: Storage, study: str, *, beat: float = BEAT_SECONDS) ->
 def _wait_for_death(storage: Storage, study: str, beat: float) -> None:
     """Returns once nobody holds the directory; watching takes as long as a few beats."""
     seen = _holder(storage)
-    if not seen or (seen.get("host") == socket.gethostname() and not _is_alive(seen["pid"])):
+    if not seen or (seen.get("host") == socket.gethostname() and not is_alive(seen["pid"])):
         return
     if seen.get("host") != socket.gethostname():
         seconds = SILENT_BEATS * beat
@@ -159,7 +159,8 @@ def _wait_for_death(storage: Storage, study: str, beat: float) -> None:
     raise LockHeld(study, seen.get("host", "another host"), seen.get("pid", 0))
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Tells whether a process of this host runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

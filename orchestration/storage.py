@@ -173,10 +173,17 @@ class Storage:
             self.location = str(self.local)
 
     def _inside(self, name: str) -> str:
+        _check_inside(name)
         return self._path if name == "." else f"{self._path}/{name}"
+
+    def _at(self, name: str) -> Path:
+        _check_inside(name)
+        assert self.local is not None
+        return self.local / name
 
     def child(self, name: str) -> "Storage":
         """Returns a directory inside this one."""
+        _check_inside(name)
         location = join(self.location, name)
         return Storage(location, self._fs, self._inside(name) if self._fs else "")
 
@@ -195,7 +202,7 @@ class Storage:
             if self.local is None:
                 self._put(self._inside(name), data)
                 return
-            target = self.local / name
+            target = self._at(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
             try:
@@ -227,7 +234,7 @@ class Storage:
             if self.local is None:
                 self._upload_tree(name, fill)
                 return
-            target = self.local / name
+            target = self._at(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
             try:
@@ -260,9 +267,9 @@ class Storage:
             StorageError: If the store cannot be read.
         """
         if self.local is not None:
-            if not (self.local / name).is_dir():
-                raise FileNotFoundError(f"there is no directory {self.local / name}")
-            yield self.local / name
+            if not (self._at(name)).is_dir():
+                raise FileNotFoundError(f"there is no directory {self._at(name)}")
+            yield self._at(name)
             return
         with tempfile.TemporaryDirectory() as scratch:
             root = self._inside(name)
@@ -284,9 +291,9 @@ class Storage:
         """
         if self.local is not None:
             try:
-                return (self.local / name).read_bytes()
+                return (self._at(name)).read_bytes()
             except NotADirectoryError as error:
-                raise FileNotFoundError(f"there is no file {self.local / name}") from error
+                raise FileNotFoundError(f"there is no file {self._at(name)}") from error
         with (
             self._explained(name, "read"),
             self._fs.open_input_stream(self._inside(name)) as stream,
@@ -296,7 +303,7 @@ class Storage:
     def exists(self, name: str) -> bool:
         """Says whether there is such a file or directory."""
         if self.local is not None:
-            return (self.local / name).exists()
+            return (self._at(name)).exists()
         with self._explained(name, "read"):
             info = self._fs.get_file_info(self._inside(name))
         return bool(info.type != fs.FileType.NotFound)
@@ -304,7 +311,7 @@ class Storage:
     def names(self, under: str = ".") -> list[str]:
         """Returns the sorted names in a directory, without those that are still being written."""
         if self.local is not None:
-            directory = self.local / under
+            directory = self._at(under)
             found = [path.name for path in directory.iterdir()] if directory.is_dir() else []
         else:
             selector = fs.FileSelector(self._inside(under), allow_not_found=True)
@@ -315,7 +322,7 @@ class Storage:
     def sizes(self, under: str) -> dict[str, int]:
         """Returns bytes of every file below a directory, by its path relative to this one."""
         if self.local is not None:
-            files = [path for path in (self.local / under).rglob("*") if path.is_file()]
+            files = [path for path in (self._at(under)).rglob("*") if path.is_file()]
             return {p.relative_to(self.local).as_posix(): p.stat().st_size for p in sorted(files)}
         selector = fs.FileSelector(self._inside(under), recursive=True, allow_not_found=True)
         with self._explained(under, "read"):
@@ -330,7 +337,7 @@ class Storage:
         """
         with self._explained(name):
             if self.local is not None:
-                path = self.local / name
+                path = self._at(name)
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:
@@ -354,6 +361,12 @@ class Storage:
                 f"cannot {verb} {where}: {_told(error)} and give the same command again, "
                 "finished stages are kept"
             ) from error
+
+
+def _check_inside(name: str) -> None:
+    """Raises a ``ValueError`` if a name leads out of its directory."""
+    if name.startswith("/") or ".." in name.split("/"):
+        raise ValueError(f"a name in a storage must stay inside it, but got {name!r}")
 
 
 def _told(error: Exception) -> str:

@@ -103,8 +103,12 @@ class StudyFolder:
         return join(self.root, "runs")
 
     def run(self, run_id: str) -> str:
-        """Returns the directory of a run."""
-        return join(self.root, "runs", run_id)
+        """Returns the directory of a run.
+
+        Raises:
+            ValueError: If the id leads elsewhere; ids come from a database that others may share.
+        """
+        return join(self.root, "runs", check_name("run", run_id))
 
     @property
     def is_started(self) -> bool:

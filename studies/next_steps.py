@@ -13,6 +13,7 @@ from studies.spec import StudySpec
 from studies.specfile import tracking_uri
 from studies.study import JOURNAL
 
+LOOPBACK = "127.0.0.1"  # neither MLflow nor the dashboard asks who is there
 MLFLOW_PORT = 5000
 DASHBOARD_PORT = 8080
 
@@ -53,7 +54,7 @@ def mlflow_command(spec: StudySpec) -> str:
     # Without its job runner the server needs 0.5 instead of 2.4 GB.
     return (
         f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {program('mlflow')} server "
-        f"--backend-store-uri {shlex.quote(uri)} --port {free_port(MLFLOW_PORT)}"
+        f"--backend-store-uri {shlex.quote(uri)} --host {LOOPBACK} --port {free_port(MLFLOW_PORT)}"
     )
 
 
@@ -63,7 +64,8 @@ def dashboard_command(spec: StudySpec, directory: str) -> str:
         return "# the Optuna dashboard reads local journals and databases, not object stores"
     is_file = spec.storage == "journal"
     where = quote(join(directory, JOURNAL)) if is_file else shlex.quote(spec.storage)
-    return f"{program('optuna-dashboard')} {where} --port {free_port(DASHBOARD_PORT)}"
+    port = free_port(DASHBOARD_PORT)
+    return f"{program('optuna-dashboard')} {where} --host {LOOPBACK} --port {port}"
 
 
 def program(name: str) -> str:

@@ -81,7 +81,8 @@ def load_model(source: str | Path) -> LoadedModel:
 
     Raises:
         ValueError: If the source is neither.
-        UnsupportedModelError: If the directory holds a model of another class.
+        UnsupportedModelError: If the directory holds a model of another class, or a tokenizer that
+            is a program of its own: no code out of a model's directory is ever run.
     """
     directory = preset_directory(str(source)) if str(source) in MODEL_PRESETS else Path(source)
     if not (directory / "config.json").is_file():
@@ -89,8 +90,6 @@ def load_model(source: str | Path) -> LoadedModel:
             f"{str(source)!r} is neither a model preset ({', '.join(MODEL_PRESETS)}) nor a "
             f"directory with a config.json{nearest(str(source), list(MODEL_PRESETS))}"
         )
-    from transformers import AutoTokenizer
-
     from comp.checkpoint import load_pruned
 
     config = json.loads((directory / "config.json").read_text())
@@ -99,13 +98,26 @@ def load_model(source: str | Path) -> LoadedModel:
     has_tokenizer = (directory / "tokenizer_config.json").is_file()
     return LoadedModel(
         model=model,
-        tokenizer=AutoTokenizer.from_pretrained(directory) if has_tokenizer else None,
+        tokenizer=_load_tokenizer(directory) if has_tokenizer else None,
         name=str(source) if str(source) in MODEL_PRESETS else directory.name,
         family=adapter_of(model).name,
         task=str(card.get("task", "")),
         image_size=int(config.get("vision_config", {}).get("image_size", 0)),
         card=card,
     )
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    """Loads a tokenizer of a known class; one that brings its own code is refused."""
+    from transformers import AutoTokenizer
+
+    if "auto_map" in _read_json(directory / "tokenizer_config.json"):
+        raise UnsupportedModelError(
+            f"the tokenizer in {directory} asks to run code out of that directory (auto_map in "
+            "tokenizer_config.json), which this program does not do; save it as a tokenizer of "
+            "transformers"
+        )
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Joining and describing a cluster: what a person is told when it cannot be."""
 
+import contextlib
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 from ray._private.utils import check_version_info
 
@@ -58,6 +60,17 @@ def test_a_study_has_one_driver_in_a_cluster_until_that_is_killed(
     began = time.monotonic()
     with hold_study("demo"):
         assert time.monotonic() - began < 10
+
+
+def test_nobody_outside_reaches_a_cluster_that_was_started_for_this_process(
+    ray_cluster: str,
+) -> None:
+    ports = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            ports += [c for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert len(ports) > 3
+    assert {port.laddr.ip.removeprefix("::ffff:") for port in ports} == {"127.0.0.1"}
 
 
 def test_a_study_is_free_again_after_its_context(ray_cluster: str) -> None:

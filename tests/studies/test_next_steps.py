@@ -29,6 +29,12 @@ def test_there_are_three_commands_and_each_says_what_for(steps: list[tuple[str, 
     assert [heading.partition(" ")[0] for heading, _ in steps] == ["all", "what", "the"]
 
 
+def test_servers_are_started_on_loopback(steps: list[tuple[str, str]]) -> None:
+    for _, command in steps[:2]:
+        words = shlex.split(command)
+        assert words[words.index("--host") + 1] == "127.0.0.1"
+
+
 def test_the_spec_of_the_best_run_can_be_run_under_another_name(
     steps: list[tuple[str, str]],
 ) -> None:

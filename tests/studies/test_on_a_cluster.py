@@ -1,5 +1,6 @@
 """A head of ``comp cluster up``: who reaches it, studies on it, what they give away, its end."""
 
+import contextlib
 import json
 import os
 import socket
@@ -75,9 +76,10 @@ def open_ports(running: Running) -> set[str]:
     """The addresses that processes of a cluster listen on."""
     found = set()
     for process in _processes(running):
-        for connection in process.net_connections("inet"):
-            if connection.status == psutil.CONN_LISTEN:
-                found.add(connection.laddr.ip.removeprefix("::ffff:"))
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.add(connection.laddr.ip.removeprefix("::ffff:"))
     return found
 
 
