@@ -22,8 +22,7 @@ class ModelPreset:
 MODEL_PRESETS: dict[str, ModelPreset] = {
     "blip-tiny-vqa": ModelPreset("BLIP, 4 vision and 3 text layers, 64 px, OpenMoji VQA", "vqa"),
     "blip-tiny-nlvr2": ModelPreset(
-        "BLIP with twin cross-attention, same sizes, OpenMoji NLVR2; barely trained: 54 % test",
-        "nlvr2",
+        "BLIP with twin cross-attention, same sizes, OpenMoji NLVR2", "nlvr2"
     ),
 }
 
