@@ -23,11 +23,13 @@ zero there, which is how later decoding steps know the real rows of every layer'
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from comp import cost
 from comp.importance import token_importance, token_weights
@@ -330,10 +332,33 @@ def run_blocks(
     valid_contexts = [real_rows(rows) for rows in contexts]
     held: _Held | None = None
     for block in blocks:
-        state, held = _run_block(handle, block, state, held, contexts, valid_contexts)
+        run = partial(_run_block, handle, block, contexts=contexts, valid_contexts=valid_contexts)
+        if _recomputes(handle, state):
+            state, held = _run_again_later(run, state)
+        else:
+            state, held = run(state, held)
     if state.valid is not None:
         state.hidden = state.hidden * state.valid.unsqueeze(-1).to(state.hidden.dtype)
     return state
+
+
+def _recomputes(handle: "PruningHandle", state: TokenState) -> bool:
+    """Whether to checkpoint: never where a second pass would count or store things twice."""
+    collects = handle.statistics is not None or handle.meter is not None
+    plain = not collects and state.cache is None
+    return handle.recompute and handle.model.training and torch.is_grad_enabled() and plain
+
+
+def _run_again_later(
+    run: Callable[[TokenState, None], tuple[TokenState, _Held | None]], state: TokenState
+) -> tuple[TokenState, _Held | None]:
+    """Runs a block now without keeping its activations, and once more in the backward pass."""
+
+    def fresh(hidden: Tensor) -> tuple[TokenState, _Held | None]:
+        return run(replace(state, hidden=hidden), None)
+
+    result: tuple[TokenState, _Held | None] = checkpoint(fresh, state.hidden, use_reentrant=False)
+    return result
 
 
 def _run_block(

@@ -100,7 +100,12 @@ class PruningConfig:
         min_text_tokens: Unprotected text tokens kept in every layer.
         learning_rate: Constant AdamW learning rate while pruning.
         weight_decay: AdamW weight decay.
-        batch_size: Training batch size.
+        batch_size: Samples behind one optimizer step.
+        accumulate: Parts of equal size into which a batch is split, one forward and backward pass
+            after the other, to save memory. A loss that compares the samples of a batch compares
+            those of a part.
+        gradient_checkpointing: Keep only each layer's input for the backward pass and compute the
+            rest again, to save memory.
         max_grad_norm: Gradient norm above which gradients are clipped.
         fine_tune_steps: Steps of fine-tuning after the shrink, for every ratio.
         fine_tune_checks: Validations spread over the fine-tuning, of which the best is kept.
@@ -149,6 +154,8 @@ class PruningConfig:
     learning_rate: float = 3e-5
     weight_decay: float = 0.05
     batch_size: int = 32
+    accumulate: int = 1
+    gradient_checkpointing: bool = False
     max_grad_norm: float = 1.0
     fine_tune_steps: int = 1000
     fine_tune_checks: int = 4
@@ -177,6 +184,10 @@ class PruningConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name} must be in [{low}, {high}], but got {value}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate must divide batch_size ({self.batch_size}), but got {self.accumulate}"
+            )
 
     def _check_ratios(self) -> None:
         if not self.ratios:
@@ -217,6 +228,11 @@ class PruningConfig:
             if getattr(self, name) is not None
         }
         return dataclasses.replace(method, **own)
+
+    @property
+    def part_size(self) -> int:
+        """Samples of one forward pass while training."""
+        return self.batch_size // self.accumulate
 
     @property
     def quantum(self) -> float:
@@ -283,6 +299,7 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("learning_rate", 0.0, 10.0),
     ("weight_decay", 0.0, 10.0),
     ("batch_size", 1, 1_000_000),
+    ("accumulate", 1, 1_000_000),
     ("max_grad_norm", 1e-9, 1e9),
     ("fine_tune_steps", 0, 100_000_000),
     ("fine_tune_checks", 1, 1_000),

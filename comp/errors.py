@@ -21,10 +21,11 @@ class NanLoss(RuntimeError):
     """The training loss stopped being a finite number.
 
     Attributes:
-        stage: The stage in which it happened; the one before is the last good one.
+        stage: The stage in which it happened; the one before is the last good one. ``None`` while
+            fine-tuning, which leaves the trajectory as it was.
     """
 
-    def __init__(self, message: str, stage: int) -> None:
+    def __init__(self, message: str, stage: int | None) -> None:
         super().__init__(message)
         self.stage = stage
 

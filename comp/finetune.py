@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from comp.config import PruningConfig
 from comp.cost import Measurement
+from comp.errors import NanLoss
 from comp.evaluation import autocast, evaluate, to_device
 from comp.handle import handle_of
-from comp.tasks.base import Evaluation, Task
+from comp.tasks.base import Batch, Evaluation, Task
 
 RATIO_TOLERANCE = 0.005
 """A fine-tuned model may miss its FLOPs target by this share of the dense FLOPs."""
@@ -27,22 +28,35 @@ def make_optimizer(model: nn.Module, config: PruningConfig) -> torch.optim.AdamW
 def train_step(
     model: nn.Module,
     task: Task,
-    batch: dict[str, Tensor],
+    batches: Iterator[Batch],
     optimizer: torch.optim.Optimizer,
     config: PruningConfig,
 ) -> float:
-    """Does one optimizer step and returns the loss; a loss that is not finite changes nothing."""
+    """Does one optimizer step; a loss that is not finite changes nothing.
+
+    Args:
+        model: An attached model in training mode.
+        task: Gives the loss.
+        batches: ``config.accumulate`` batches of ``config.part_size`` samples are taken from it.
+        optimizer: The optimizer.
+        config: Accumulation, gradient clipping, autocast.
+
+    Returns:
+        The mean loss.
+    """
     device = next(model.parameters()).device
-    with autocast(device, enabled=config.autocast):
-        loss = task.loss(model, to_device(batch, device))
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        return value
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    total = 0.0
+    for _ in range(config.accumulate):
+        with autocast(device, enabled=config.autocast):
+            loss = task.loss(model, to_device(next(batches), device)) / config.accumulate
+        total += float(loss.detach())
+        if not math.isfinite(total):
+            return total
+        loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     optimizer.step()
-    return value
+    return total
 
 
 def cosine(step: int, total: int, peak: float) -> float:
@@ -72,7 +86,7 @@ def fine_tune_(
     *,
     target_macs: float,
     dense_macs: float,
-    batches: Iterable[dict[str, Tensor]],
+    batches: Iterable[Batch],
     on_step: Callable[[int, float], None] | None = None,
 ) -> FineTuned:
     """Fine-tunes a shrunk model in place and keeps the best weights by validation.
@@ -86,14 +100,14 @@ def fine_tune_(
         config: Steps, learning rate, evaluation subset.
         target_macs: Mean multiply-adds per sample to stay at.
         dense_macs: The dense model's, which the tolerance is a share of.
-        batches: Training batches.
+        batches: Training batches of ``config.part_size`` samples.
         on_step: Called with step and loss.
 
     Returns:
         The chosen weights' verdict; the model holds those weights.
 
     Raises:
-        RuntimeError: If the loss stops being finite.
+        NanLoss: If the loss stops being finite.
     """
     steps, checks = config.fine_tune_steps, config.fine_tune_checks
     peak = config.fine_tune_learning_rate or config.learning_rate
@@ -110,10 +124,12 @@ def fine_tune_(
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = cosine(step, steps, peak)
-        loss = train_step(model, task, next(stream), optimizer, config)
+        loss = train_step(model, task, stream, optimizer, config)
         if not math.isfinite(loss):
-            raise RuntimeError(
-                f"the fine-tuning loss became {loss} at step {step}; lower fine_tune_learning_rate"
+            raise NanLoss(
+                f"the fine-tuning loss became {loss} at step {step}; the pruned trajectory is "
+                "intact; lower fine_tune_learning_rate",
+                None,
             )
         if on_step is not None:
             on_step(step, loss)

@@ -75,6 +75,7 @@ class PruningHandle:
         meter: Counts multiply-adds while it is set.
         stock_when_idle: Run the stock forward, bit for bit, while nothing is pruned. Training
             turns this off, so that padding is masked from the first step on.
+        recompute: Keep only each block's input for the backward pass (gradient checkpointing).
         originals: The swapped forwards, for ``restore_forwards``.
     """
 
@@ -94,6 +95,7 @@ class PruningHandle:
     statistics: ActivationStatistics | None = None
     meter: Meter | None = None
     stock_when_idle: bool = True
+    recompute: bool = False
     originals: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -137,6 +137,7 @@ class Pruner:
             },
         )
         self.handle.stock_when_idle = False
+        self.handle.recompute = config.gradient_checkpointing
         self.handle.static_tokens = None  # thresholds decide again, so that stages can raise them
         self.modes = self._allowed_modes()
         self.strategy = make_strategy(config, self.modes)
@@ -197,7 +198,7 @@ class Pruner:
 
         Raises:
             BudgetUnreachable: If the kept minima forbid the ratio, or stages run out.
-            NanLoss: If the loss of a stage is not finite.
+            NanLoss: If the loss of a stage or of a fine-tuning is not finite.
         """
         if not self.records:
             yield self._note(self._begin())
@@ -497,16 +498,16 @@ class Pruner:
         stage = len(self.stages) + 1
         decay = max(1, round(self.config.decay_share * steps))
         batches = self.task.train_batches(
-            batch_size=self.config.batch_size, seed=self.config.seed, start=self._step
+            batch_size=self.config.part_size,
+            seed=self.config.seed,
+            start=self._step * self.config.accumulate,
         )
         total = 0.0
         self.model.train()
         with torch.random.fork_rng(devices=self._rng_devices()):
             torch.manual_seed(self.config.seed * 1_000_003 + stage)
             for step in range(1, steps + 1):
-                loss = train_step(
-                    self.model, self.task, next(batches), self.optimizer, self.config
-                )
+                loss = train_step(self.model, self.task, batches, self.optimizer, self.config)
                 if not math.isfinite(loss):
                     raise NanLoss(
                         f"the training loss became {loss} in stage {stage}, step {step}; the "
@@ -613,7 +614,7 @@ class Pruner:
                 target_macs=self._target_macs(ratio),
                 dense_macs=self._dense_macs,
                 batches=self.task.train_batches(
-                    batch_size=self.config.batch_size, seed=self.config.seed + 1
+                    batch_size=self.config.part_size, seed=self.config.seed + 1
                 ),
             )
         test, test_cost = self._evaluate(model, "test")

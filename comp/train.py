@@ -208,7 +208,7 @@ def _fit(
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, recipe)
-        loss = train_step(model, task, next(batches), optimizer, config)
+        loss = train_step(model, task, batches, optimizer, config)
         if not math.isfinite(loss):
             raise ValueError(f"the loss became {loss} at step {step}; lower learning_rate")
         if on_step is not None:

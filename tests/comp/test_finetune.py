@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from comp.config import PruningConfig
+from comp.errors import NanLoss
 from comp.evaluation import evaluate
 from comp.finetune import (
     RATIO_TOLERANCE,
@@ -89,7 +90,9 @@ def test_a_step_lowers_the_loss_of_its_batch(task: TinyTask) -> None:
     model = attach(NLVR.build(0)).model
     optimizer = make_optimizer(model, CONFIG)
     batch = next(task.train_batches(batch_size=8, seed=0))
-    losses = [train_step(model, task, batch, optimizer, CONFIG) for _ in range(5)]
+    losses = [
+        train_step(model, task, itertools.repeat(batch), optimizer, CONFIG) for _ in range(5)
+    ]
     assert losses[-1] < losses[0]
 
 
@@ -97,7 +100,7 @@ def test_gradients_are_clipped(task: TinyTask) -> None:
     model = attach(NLVR.build(0)).model
     config = dataclasses.replace(CONFIG, max_grad_norm=1e-3)
     batch = next(task.train_batches(batch_size=8, seed=0))
-    train_step(model, task, batch, make_optimizer(model, config), config)
+    train_step(model, task, iter([batch]), make_optimizer(model, config), config)
     norm = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None)
     assert math.sqrt(norm) <= 1.001e-3
 
@@ -112,12 +115,14 @@ def test_a_loss_that_is_no_number_changes_nothing() -> None:
     before = copy.deepcopy(model.state_dict())
     task = NanTask(NLVR)
     batch = next(task.train_batches(batch_size=4, seed=0))
-    assert math.isnan(train_step(model, task, batch, make_optimizer(model, CONFIG), CONFIG))
+    assert math.isnan(
+        train_step(model, task, itertools.repeat(batch), make_optimizer(model, CONFIG), CONFIG)
+    )
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_fine_tuning_stops_at_a_loss_that_is_no_number(pruned: PruningHandle) -> None:
-    with pytest.raises(RuntimeError, match="loss became nan at step 0; lower fine_tune_learn"):
+    with pytest.raises(NanLoss, match=r"loss became nan at step 0; .*lower fine_tune_learn"):
         tune(pruned, NanTask(NLVR))
 
 
@@ -138,7 +143,7 @@ def test_the_best_check_by_validation_wins(pruned: PruningHandle, task: TinyTask
     assert tuned.step < 4
     optimizer = make_optimizer(spoilt, dataclasses.replace(CONFIG, learning_rate=3.0))
     for batch in itertools.islice(task.train_batches(batch_size=4, seed=1), 4):
-        train_step(spoilt, task, batch, optimizer, CONFIG)
+        train_step(spoilt, task, iter([batch]), optimizer, CONFIG)
     last, _ = evaluate(spoilt, task, "val", batch_size=16, num_samples=16)
     assert tuned.validation.metric > last.metric
 
@@ -190,3 +195,56 @@ def test_progress_is_told_step_by_step(pruned: PruningHandle, task: TinyTask) ->
     )
     assert [step for step, _ in seen] == [0, 1, 2, 3]
     assert all(math.isfinite(loss) for _, loss in seen)
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_batch_in_parts_gives_the_gradient_of_the_mean_over_the_parts(task: TinyTask) -> None:
+    config = dataclasses.replace(CONFIG, accumulate=2, max_grad_norm=1e9, learning_rate=0.0)
+    parts = [NLVR.batch(2, 1), NLVR.batch(2, 2)]
+    model = NLVR.build(0).eval()
+    attach(model).stock_when_idle = False
+    loss = train_step(model, task, iter(parts), make_optimizer(model, config), config)
+    found = gradients_of(model)
+    model.zero_grad()
+    mean = sum(task.loss(model, part) for part in parts) / 2
+    assert isinstance(mean, Tensor)
+    mean.backward()
+    assert loss == pytest.approx(float(mean.detach()), rel=1e-6)
+    for name, gradient in gradients_of(model).items():
+        torch.testing.assert_close(found[name], gradient)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+def test_gradient_checkpointing_changes_neither_loss_nor_gradients(family: Any) -> None:
+    """With tokens dropping and masks fading, which the second pass has to repeat exactly."""
+    task, batch, found = TinyTask(family), family.batch(4, 3), []
+    for recompute in (False, True):
+        model = family.build(0).train()
+        handle = attach(model)
+        handle.stock_when_idle, handle.recompute = False, recompute
+        handle.masks = {name: mask * 0.5 + 0.5 for name, mask in random_masks(handle).items()}
+        handle.thresholds = {stream: 0.4 for stream in Stream}
+        torch.manual_seed(5)
+        loss = task.loss(model, batch)
+        loss.backward()
+        found.append((loss.detach(), gradients_of(model)))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(gradient, found[1][1][name])
+
+
+def test_gradient_checkpointing_runs_every_block_again_in_the_backward_pass() -> None:
+    model = NLVR.build(0).train()
+    handle = attach(model)
+    handle.stock_when_idle, handle.recompute = False, True
+    calls = []
+    norm: Any = handle.structure.encoders["vision"][0].attention_wrap.before
+    norm.register_forward_hook(lambda *_: calls.append(1))
+    loss = TinyTask(NLVR).loss(model, NLVR.batch(2, 0))
+    assert len(calls) == 1
+    loss.backward()
+    assert len(calls) == 2

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from comp.data.openmoji import Drawing, OpenMoji, cached_file, load_openmoji, openmoji_path
 from comp.data.layout import Row, read_metadata, read_rows, write_rows
+from comp.data.openmoji import Drawing, OpenMoji, cached_file, load_openmoji, openmoji_path
 
 
 def named(openmoji: OpenMoji, name: str) -> Drawing:

@@ -1,5 +1,6 @@
 """Retrieval: features of a split against each other, whatever the batches were."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from itertools import islice
@@ -181,7 +182,9 @@ def test_a_few_steps_lower_the_loss(task: RetrievalTask, tokenizer: Any) -> None
     config = PruningConfig(learning_rate=2e-3)
     optimizer = make_optimizer(model, config)
     batch: Batch = next(task.train_batches(batch_size=16, seed=0))
-    losses = [train_step(model, task, batch, optimizer, config) for _ in range(25)]
+    losses = [
+        train_step(model, task, itertools.repeat(batch), optimizer, config) for _ in range(25)
+    ]
     assert losses[-1] < losses[0] - 0.5
 
 
