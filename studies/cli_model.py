@@ -1,5 +1,7 @@
 """``comp evaluate``, ``measure`` and ``diagnose``: one model at a time."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -228,12 +230,28 @@ def _load(
     from comp.models import load_model
     from comp.tasks import build_task
 
-    loaded = load_model(find_model(model, ratio))
+    with at_hand(model) as place:
+        loaded = load_model(find_model(place, ratio))
     name = task or loaded.task
     if not name:
         raise ValueError(f"{model} does not say its task; name it with --task")
     built = build_task(name, tokenizer=loaded.tokenizer, image_size=loaded.image_size, data=data)
     return loaded, built
+
+
+@contextlib.contextmanager
+def at_hand(model: str) -> Iterator[str]:
+    """Gives a model or a run as something on this disk: itself, or a copy of its models."""
+    from orchestration.storage import Storage, is_remote
+
+    if not is_remote(model):
+        yield model
+        return
+    storage = Storage(model)
+    if not (storage.exists("model") or storage.exists("config.json")):
+        raise ValueError(f"there is neither a run nor a model at {model}")
+    with storage.tree() as copy:
+        yield str(copy)
 
 
 def find_model(source: str, ratio: float | None) -> str:

@@ -5,9 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from orchestration.storage import StorageError, join
+from comp.checkpoint import save_pruned
+from comp.models import load_model
+from orchestration.storage import Storage, StorageError, join
 from studies.cli import cli
+from studies.cli_model import at_hand, find_model
 from studies.comparison import find_runs
 from studies.errors import SpecError
 from studies.folder import StudyFolder
@@ -16,6 +20,7 @@ from studies.session import conduct_study, sync_study
 from studies.study import Study, summarize
 from tests.object_store import SECRET, ObjectStore, serving
 from tests.studies.synthetic import RUNNER, make_spec
+from tests.tiny import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +85,6 @@ def test_a_store_that_denies_stops_a_study_before_any_work(
 
 
 def test_nothing_in_the_store_holds_the_key(store: ObjectStore) -> None:
-    from orchestration.storage import Storage
-
     storage = Storage(store.root)
     names = list(storage.sizes("studies")) + list(storage.sizes("runs"))
     assert len(names) > 20
@@ -103,6 +106,18 @@ def test_a_password_in_a_spec_is_refused_and_not_repeated(
         make_spec(tmp_path, change)
     assert remedy in str(caught.value)
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_model_of_a_run_in_the_store_is_loaded(store: ObjectStore) -> None:
+    run = f"{store.root}/runs/with-a-model"
+    model = FAMILIES["blip-nlvr"].build(0)
+    Storage(run).write_tree("model/ratio-500", lambda target: save_pruned(model, target))
+    with at_hand(run) as place:
+        loaded = load_model(find_model(place, 0.5))
+    weights = loaded.model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="neither a run nor a model at"), at_hand(f"{run}-not"):
+        pytest.fail("nothing is there")
 
 
 def test_places_in_a_root_are_joined(store: ObjectStore) -> None:
