@@ -1,32 +1,215 @@
-"""The order of training samples and the small random shifts of their images.
+"""Samples to batches: their order, and the small random shifts of their images.
 
 Everything here depends on the seed and the step alone, so that a run may start at any step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from comp.data.images import decode_image, resize_pixels
+from comp.data.layout import EncodedImage, Row, Rows, epoch_order
+from comp.tasks.base import Batch
+
+Sample = TypeVar("Sample")
+
+
+class Samples(Protocol[Sample]):
+    """The samples of a split, in memory or in a file.
+
+    Attributes:
+        blocks: How many of them lie beside each other in the file.
+    """
+
+    blocks: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def fetch(self, indexes: Sequence[int]) -> list[Sample]:
+        """Returns samples by number."""
+        ...
+
+
+class InMemory(tuple[Sample, ...]):
+    """Samples that are all there; one block."""
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The only block."""
+        return (len(self),)
+
+    def fetch(self, indexes: Sequence[int]) -> list[Sample]:
+        """Returns samples by number."""
+        return [self[index] for index in indexes]
+
+
+class Streamed(Generic[Sample]):
+    """Samples that are read from a data set when they are asked for.
+
+    Args:
+        rows: A split.
+        convert: Makes a sample of a row.
+    """
+
+    def __init__(self, rows: Rows, convert: Callable[[Row], Sample]) -> None:
+        self._rows = rows
+        self._convert = convert
+        self.blocks = rows.blocks
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def fetch(self, indexes: Sequence[int]) -> list[Sample]:
+        """Returns samples by number, in the order asked for."""
+        return [self._convert(row) for row in self._rows.fetch(indexes)]
+
+
+def sample_splits(splits: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns splits as ``Samples``: sequences are taken into memory."""
+    return {
+        name: samples if isinstance(samples, Streamed) else InMemory(samples)
+        for name, samples in splits.items()
+    }
+
+
+class Images:
+    """Where the pixels of samples come from: a tensor of all images, or encoded files.
+
+    Args:
+        pixels: All images, 0..255, ``(U, 3, H, W)``, uint8, or ``None`` if images are encoded.
+        size: Height and width that encoded images are resized to.
+        root: Folder that paths of encoded images start from.
+    """
+
+    def __init__(
+        self, pixels: Tensor | None = None, *, size: int = 0, root: Path | None = None
+    ) -> None:
+        self._pixels = pixels
+        self._size = size
+        self._root = root
+
+    def __call__(self, images: Sequence[Any]) -> Tensor:
+        """Returns images by index or as decoded, 0..255, ``(B, 3, H, W)``, uint8.
+
+        Raises:
+            ValueError: If a file cannot be decoded.
+            OSError: If a file is gone.
+        """
+        if self._pixels is not None:
+            return self._pixels[list(images)]
+        return torch.stack([self._decode(image) for image in images])
+
+    def _decode(self, image: EncodedImage) -> Tensor:
+        return resize_pixels(decode_image(image.read(self._root)), self._size)
+
+
+def shuffled_batches(
+    samples: Samples[Sample],
+    images: Callable[[Sequence[Sample]], Tensor],
+    collate: Callable[[Sequence[Sample], Tensor, int], Batch],
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    augment: bool,
+    flip: bool,
+    shard: tuple[int, int] = (0, 1),
+) -> Iterator[Batch]:
+    """Yields shuffled training batches without end, each a function of seed and step.
+
+    Args:
+        samples: The training split.
+        images: Pixels of some samples, 0..255, ``(B, 3, H, W)``.
+        collate: Makes a batch of samples, their pixels and the step.
+        batch_size: Samples of a batch.
+        seed: Seed of the run.
+        start: The first step.
+        augment: Whether images are shifted and scaled a little.
+        flip: Whether that mirrors half of them.
+        shard: Rank and number of workers: worker ``r`` of ``n`` yields every ``n``-th batch from
+            step ``start + r`` on, so all of them together yield what one would.
+
+    Raises:
+        ValueError: If the split is empty or the shard is out of bounds.
+    """
+    order = training_order(
+        samples.blocks, batch_size=batch_size, seed=seed, start=start, shard=shard
+    )
+    for step, indexes in order:
+        chosen = samples.fetch(indexes)
+        pixels = images(chosen)
+        if augment and len(pixels):
+            pixels = jitter(pixels, seed=seed, step=step, flip=flip)
+        yield collate(chosen, pixels, step)
+
+
+def ordered_batches(
+    splits: Mapping[str, Samples[Sample]],
+    images: Callable[[Sequence[Sample]], Tensor],
+    collate: Callable[[Sequence[Sample], Tensor, None], Batch],
+    split: str,
+    *,
+    batch_size: int,
+    num_samples: int | None = None,
+) -> Iterator[Batch]:
+    """Yields a split once in stored order: its first ``num_samples``, or all of it.
+
+    Args:
+        splits: The samples of every split.
+        images: Pixels of some samples.
+        collate: Makes a batch of samples and their pixels; the step is ``None``.
+        split: Which split.
+        batch_size: Samples of a batch.
+        num_samples: The first so many, or all.
+
+    Raises:
+        ValueError: If the split does not exist.
+    """
+    if split not in splits:
+        raise ValueError(f"split must be one of {', '.join(splits)}, but got {split!r}")
+    end = len(splits[split])
+    end = min(end, num_samples or end)
+    for first in range(0, end, batch_size):
+        chosen = splits[split].fetch(range(first, min(first + batch_size, end)))
+        yield collate(chosen, images(chosen), None)
+
 
 def training_order(
-    num_samples: int, *, batch_size: int, seed: int, start: int = 0
+    num_samples: int | Sequence[int],
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    shard: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[int, list[int]]]:
     """Yields the step and the sample indexes of one batch after another, without end.
 
     Every epoch has a permutation of its own; a batch may lie across the border of two.
 
     Args:
-        num_samples: Samples of an epoch.
+        num_samples: Samples of an epoch; or how many lie in each row group of a file, which are
+            then shuffled as ``epoch_order`` does.
         batch_size: Samples of a batch.
         seed: Seed of the permutations.
         start: The first step to yield; those before are not computed.
+        shard: Rank and number of workers that take steps by turns.
 
     Raises:
-        ValueError: If there are no samples, or ``batch_size`` or ``start`` is out of bounds.
+        ValueError: If there are no samples, or ``batch_size``, ``start`` or ``shard`` is out of
+            bounds.
     """
+    blocks = (num_samples,) if isinstance(num_samples, int) else tuple(num_samples)
+    num_samples = sum(blocks)
+    rank, workers = shard
+    if not 0 <= rank < workers:
+        raise ValueError(f"shard must be (rank, workers) with rank in [0, {workers}), got {rank}")
     if num_samples < 1 or batch_size < 1 or start < 0:
         raise ValueError(
             "num_samples and batch_size must be at least 1 and start at least 0, but got "
@@ -34,16 +217,16 @@ def training_order(
         )
     epoch = -1
     order = np.empty(0, dtype=np.int64)
-    step = start
+    step = start + rank
     while True:
         batch: list[int] = []
         for place in range(step * batch_size, (step + 1) * batch_size):
             if place // num_samples != epoch:
                 epoch = place // num_samples
-                order = np.random.default_rng((seed, epoch)).permutation(num_samples)
+                order = epoch_order(blocks, seed=seed, epoch=epoch)
             batch.append(int(order[place % num_samples]))
         yield step, batch
-        step += 1
+        step += workers
 
 
 def jitter(

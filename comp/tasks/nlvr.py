@@ -1,16 +1,47 @@
 """NLVR2: is a statement about two images true?"""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from comp.data.images import normalize
+from comp.data.layout import EncodedImage, Row
 from comp.tasks.base import Batch
-from comp.tasks.batching import jitter, training_order
+from comp.tasks.batching import (
+    Images,
+    Streamed,
+    ordered_batches,
+    sample_splits,
+    shuffled_batches,
+)
 from comp.tasks.statements import Statement
 from comp.tasks.text import TextTokenizer, encode, pad, pad_mask
+
+
+@dataclass(frozen=True)
+class StoredStatement:
+    """A statement about two encoded images.
+
+    Attributes:
+        images: The left and the right image.
+        text: The statement.
+        label: Whether it is true.
+    """
+
+    images: tuple[EncodedImage, ...]
+    text: str
+    label: bool
+
+
+PairStatement = Statement | StoredStatement
+
+
+def stored_statement(row: Row) -> StoredStatement:
+    """Makes a statement of a row of kind ``statements``."""
+    return StoredStatement(tuple(row.images), row.texts[0], row.labels[0] == "true")
 
 
 class NlvrTask:
@@ -18,7 +49,7 @@ class NlvrTask:
 
     Args:
         statements: Statements by split.
-        pixels: All images, 0..255, ``(U, 3, H, W)``, uint8.
+        pixels: All images, 0..255, ``(U, 3, H, W)``, uint8, or where to decode them.
         tokenizer: The model's tokenizer.
         augment: Whether training images are shifted and scaled a little (never mirrored).
     """
@@ -28,45 +59,43 @@ class NlvrTask:
 
     def __init__(
         self,
-        statements: Mapping[str, Sequence[Statement]],
-        pixels: Tensor,
+        statements: Mapping[str, Sequence[Statement] | Streamed[StoredStatement]],
+        pixels: Tensor | Images,
         tokenizer: TextTokenizer,
         *,
         augment: bool = True,
     ) -> None:
-        self.statements = {split: tuple(made) for split, made in statements.items()}
-        self._pixels = pixels
+        self.statements = sample_splits(statements)
+        self._pixels = pixels if isinstance(pixels, Images) else Images(pixels)
         self._augment = augment
+        self._tokenizer = tokenizer
         self._pad_id = int(tokenizer.pad_token_id or 0)
-        self._text_ids = {
-            split: encode(tokenizer, [statement.text for statement in made])
-            for split, made in self.statements.items()
-        }
 
     def train_batches(self, *, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
         """Yields shuffled training batches without end; see ``Task``."""
-        order = training_order(
-            len(self.statements["train"]), batch_size=batch_size, seed=seed, start=start
+        return shuffled_batches(
+            self.statements["train"],
+            self._images,
+            self._batch,
+            batch_size=batch_size,
+            seed=seed,
+            start=start,
+            augment=self._augment,
+            flip=False,
         )
-        for step, indexes in order:
-            pixels = self._images("train", indexes)
-            if self._augment:
-                pixels = jitter(pixels, seed=seed, step=step, flip=False)
-            yield self._batch("train", indexes, pixels)
 
     def batches(
         self, split: str, *, batch_size: int, num_samples: int | None = None
     ) -> Iterator[Batch]:
         """Yields a split once in a fixed order; see ``Task``."""
-        if split not in self.statements:
-            raise ValueError(
-                f"split must be one of {', '.join(self.statements)}, but got {split!r}"
-            )
-        end = len(self.statements[split])
-        end = min(end, num_samples or end)
-        for first in range(0, end, batch_size):
-            indexes = list(range(first, min(first + batch_size, end)))
-            yield self._batch(split, indexes, self._images(split, indexes))
+        return ordered_batches(
+            self.statements,
+            self._images,
+            self._batch,
+            split,
+            batch_size=batch_size,
+            num_samples=num_samples,
+        )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns the mean cross-entropy of the labels."""
@@ -81,17 +110,15 @@ class NlvrTask:
         right = (logits.argmax(1) == labels).float()
         return right, functional.cross_entropy(logits, labels, reduction="none")
 
-    def _images(self, split: str, indexes: Sequence[int]) -> Tensor:
+    def _images(self, made: Sequence[PairStatement]) -> Tensor:
         """Returns left and right images by turns, ``(2 B, 3, H, W)``."""
-        made = self.statements[split]
-        return self._pixels[[image for index in indexes for image in made[index].images]]
+        return self._pixels([image for one in made for image in one.images])
 
-    def _batch(self, split: str, indexes: Sequence[int], pixels: Tensor) -> Batch:
-        texts = [self._text_ids[split][index] for index in indexes]
-        labels = [int(self.statements[split][index].label) for index in indexes]
+    def _batch(self, made: Sequence[PairStatement], pixels: Tensor, step: int | None) -> Batch:
+        texts = encode(self._tokenizer, [one.text for one in made])
         return {
             "pixel_values": normalize(pixels).unflatten(0, (-1, 2)),  # (B, 2, 3, H, W)
             "input_ids": pad(texts, self._pad_id),
             "attention_mask": pad_mask(texts),
-            "labels": torch.tensor(labels),
+            "labels": torch.tensor([int(one.label) for one in made]),
         }

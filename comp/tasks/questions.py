@@ -25,6 +25,21 @@ class Question:
     answer: str
     family: str
 
+    @property
+    def id(self) -> str:
+        """Nothing: no server asks for it."""
+        return ""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The one answer."""
+        return (self.answer,)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Nobody counted."""
+        return ()
+
 
 _WEIGHTS = {
     "kind": 0.15,

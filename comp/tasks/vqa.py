@@ -1,39 +1,79 @@
 """Visual question answering: BLIP's encoder and decoder, answers ranked as BLIP ranks them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from comp.data.images import normalize
+from comp.data.layout import EncodedImage, Row
 from comp.tasks.base import Batch
-from comp.tasks.batching import jitter, training_order
+from comp.tasks.batching import (
+    Images,
+    Streamed,
+    ordered_batches,
+    sample_splits,
+    shuffled_batches,
+)
 from comp.tasks.questions import Question
 from comp.tasks.text import TextTokenizer, encode, pad, pad_mask
+from comp.tasks.vqa_answers import answer_accuracy, normalize_answer
 
 _IGNORED = -100  # what the loss leaves out
+
+
+@dataclass(frozen=True)
+class StoredQuestion:
+    """A question about an encoded image.
+
+    Attributes:
+        id: What the publisher calls it.
+        image: The image.
+        text: The question.
+        answers: The distinct answers, the most frequent first; none where they are secret.
+        counts: How many people gave each.
+    """
+
+    id: str
+    image: EncodedImage
+    text: str
+    answers: tuple[str, ...]
+    counts: tuple[int, ...]
+
+
+AnyQuestion = Question | StoredQuestion
+
+
+def stored_question(row: Row) -> StoredQuestion:
+    """Makes a question of a row of kind ``questions``."""
+    return StoredQuestion(
+        row.id, row.images[0], row.texts[0], tuple(row.labels), tuple(row.counts)
+    )
 
 
 class VqaTask:
     """Questions about one image each, with an answer out of a list.
 
-    The model is called like the stock ``BlipForQuestionAnswering``. An answer counts as right
-    when it is the one that the model ranks first.
+    The model is called like the stock ``BlipForQuestionAnswering``. The answer that it ranks first
+    counts as VQA's accuracy says: 1 or 0 where there is one true answer, by the share of people
+    who gave it where many were asked.
 
     Args:
         questions: Questions by split.
-        pixels: All images, 0..255, ``(U, 3, H, W)``, uint8.
+        pixels: All images, 0..255, ``(U, 3, H, W)``, uint8, or where to decode them.
         answers: All candidate answers.
         tokenizer: The model's tokenizer.
-        augment: Whether training images are shifted, scaled and mirrored a little.
+        augment: Whether training images are shifted and scaled a little.
+        flip: Whether it also mirrors half of them; wrong where questions ask for left or right.
         top_k: Answers that are ranked in full when answers have several tokens.
 
     Attributes:
         answers: All candidate answers; ``answer_index`` of a batch points into them.
         questions: Questions by split.
-        pixels: All images, ``(U, 3, H, W)``, uint8.
     """
 
     name = "vqa"
@@ -41,55 +81,73 @@ class VqaTask:
 
     def __init__(
         self,
-        questions: Mapping[str, Sequence[Question]],
-        pixels: Tensor,
+        questions: Mapping[str, Sequence[Question] | Streamed[StoredQuestion]],
+        pixels: Tensor | Images,
         answers: Sequence[str],
         tokenizer: TextTokenizer,
         *,
         augment: bool = True,
+        flip: bool = True,
         top_k: int = 16,
     ) -> None:
         self.answers = tuple(answers)
-        self.questions = {split: tuple(asked) for split, asked in questions.items()}
-        self.pixels = pixels
+        self.questions = sample_splits(questions)
+        self._pixels = pixels if isinstance(pixels, Images) else Images(pixels)
         self._augment = augment
+        self._flip = flip
         self._top_k = min(top_k, len(self.answers))
+        self._tokenizer = tokenizer
         self._pad_id = int(tokenizer.pad_token_id or 0)
-        self._text_ids = {
-            split: encode(tokenizer, [question.text for question in asked])
-            for split, asked in self.questions.items()
-        }
-        self._answer_ids = [
-            [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.sep_token_id]
-            for answer in self.answers
-        ]
+        self._answer_ids = [self._spell(answer) for answer in self.answers]
         self._bos_id = _bos_id(tokenizer)
         self._position = {answer: index for index, answer in enumerate(self.answers)}
+        self._normalized: dict[str, list[int]] = {}
+        for index, answer in enumerate(self.answers):
+            self._normalized.setdefault(normalize_answer(answer), []).append(index)
 
     def train_batches(self, *, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Yields shuffled training batches without end; see ``Task``."""
-        order = training_order(
-            len(self.questions["train"]), batch_size=batch_size, seed=seed, start=start
+        """Yields shuffled training batches without end; see ``Task``.
+
+        Of several answers to a question one is drawn, each as often as people gave it, so the
+        expected loss is BLIP's, which weights all of them by that share.
+        """
+        return shuffled_batches(
+            self.questions["train"],
+            self._images,
+            lambda asked, pixels, step: self._batch(asked, pixels, (seed, step, 3)),
+            batch_size=batch_size,
+            seed=seed,
+            start=start,
+            augment=self._augment,
+            flip=self._flip,
         )
-        for step, indexes in order:
-            pixels = self._images("train", indexes)
-            if self._augment:
-                pixels = jitter(pixels, seed=seed, step=step, flip=True)
-            yield self._batch("train", indexes, pixels)
 
     def batches(
         self, split: str, *, batch_size: int, num_samples: int | None = None
     ) -> Iterator[Batch]:
         """Yields a split once in a fixed order; see ``Task``."""
-        if split not in self.questions:
-            raise ValueError(
-                f"split must be one of {', '.join(self.questions)}, but got {split!r}"
-            )
-        end = len(self.questions[split])
-        end = min(end, num_samples or end)
-        for first in range(0, end, batch_size):
-            indexes = list(range(first, min(first + batch_size, end)))
-            yield self._batch(split, indexes, self._images(split, indexes))
+        return ordered_batches(
+            self.questions,
+            self._images,
+            self._batch,
+            split,
+            batch_size=batch_size,
+            num_samples=num_samples,
+        )
+
+    def submission(self, model: nn.Module, batches: Iterable[Batch]) -> list[dict[str, Any]]:
+        """Returns what VQA's server takes: ``question_id`` and ``answer`` of every question.
+
+        Args:
+            model: A model on the batches' device, in eval mode.
+            batches: Questions with or without answers.
+        """
+        found = []
+        for batch in batches:
+            best = self._best(model, batch)[0].tolist()
+            for question, index in zip(batch["question_id"].tolist(), best, strict=True):
+                found.append({"question_id": question, "answer": self.answers[index]})
+        return found
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns the mean cross-entropy of the answer's tokens."""
@@ -104,35 +162,53 @@ class VqaTask:
         return loss
 
     def score(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns whether the first-ranked answer is right, and its cross-entropy.
+        """Returns the accuracy of the first-ranked answer, and the true one's cross-entropy.
 
         Image and question are encoded once. The decoder's first step gives the ``top_k`` answers
         with the likeliest first token; if answers have several tokens, these are then ranked by
         the likelihood of all their tokens (BLIP's ``rank`` inference, arXiv 2201.12086, section
         5.3). The metered cost is that of the first step.
         """
+        if bool((batch["num_answers"] == 0).any()):
+            raise ValueError(
+                "these questions have no answers to compare with; write a file for the server "
+                "with comp evaluate --submission FILE"
+            )
+        best, loss = self._best(model, batch, with_loss=True)
+        return batch["accuracy"].gather(1, best[:, None])[:, 0], loss
+
+    def _best(
+        self, model: nn.Module, batch: Batch, *, with_loss: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the first-ranked answers and the cross-entropy of the labels, each ``(B,)``."""
+        from comp.blocks import unmetered
+
         memory = self._encode(model, batch)
-        target = batch["answer_index"]
         start = torch.full((memory.shape[0], 1), self._bos_id, device=memory.device)
         first = self._decode(model, start, memory)[:, 0]  # (B, V)
         first_ids = torch.tensor([ids[0] for ids in self._answer_ids], device=memory.device)
         scores = first[:, first_ids]  # (B, A)
+        labels = batch["labels"][:, 1:]
         if all(len(ids) == 2 for ids in self._answer_ids):
-            loss = -scores.gather(1, target.clamp(min=0)[:, None])[:, 0]
-            return (scores.argmax(1) == target).float(), loss
-        return self._rank(model, memory, scores, target)
-
-    def _rank(
-        self, model: nn.Module, memory: Tensor, scores: Tensor, target: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        from comp.blocks import unmetered
-
-        top = scores.topk(self._top_k, dim=1).indices  # (B, K)
-        wanted = torch.cat([top, target.clamp(min=0)[:, None]], dim=1)  # (B, K + 1)
+            best = scores.argmax(1)
+            if labels.shape[1] == 2:
+                return best, -first.gather(1, labels[:, :1])[:, 0]
+        else:
+            top = scores.topk(self._top_k, dim=1).indices  # (B, K)
+            with unmetered(model):
+                likelihood = self._likelihood(model, memory, top)
+            best = top.gather(1, likelihood.argmax(1, keepdim=True))[:, 0]
+        if not with_loss:
+            return best, torch.zeros_like(best)
         with unmetered(model):
-            likelihood = self._likelihood(model, memory, wanted)
-        best = top.gather(1, likelihood[:, :-1].argmax(1, keepdim=True))[:, 0]
-        return (best == target).float(), -likelihood[:, -1]
+            return best, self._label_loss(model, batch["labels"], memory)
+
+    def _label_loss(self, model: nn.Module, labels: Tensor, memory: Tensor) -> Tensor:
+        known = labels[:, 1:] != _IGNORED
+        inputs = labels[:, :-1].masked_fill(labels[:, :-1] == _IGNORED, self._pad_id)
+        logs = self._decode(model, inputs, memory)  # (B, L, V)
+        chosen = logs.gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+        return -chosen.masked_fill(~known, 0.0).sum(1)
 
     def _likelihood(self, model: nn.Module, memory: Tensor, candidates: Tensor) -> Tensor:
         """Returns the log-likelihood of candidate answers (indexes), ``(B, K)``."""
@@ -162,19 +238,56 @@ class VqaTask:
         ).logits
         return functional.log_softmax(logits.float(), dim=-1)
 
-    def _images(self, split: str, indexes: Sequence[int]) -> Tensor:
-        return self.pixels[[self.questions[split][index].image for index in indexes]]
+    def _images(self, asked: Sequence[AnyQuestion]) -> Tensor:
+        return self._pixels([one.image for one in asked])
 
-    def _batch(self, split: str, indexes: Sequence[int], pixels: Tensor) -> Batch:
-        texts = [self._text_ids[split][index] for index in indexes]
-        answers = [self._position[self.questions[split][index].answer] for index in indexes]
+    def _batch(
+        self,
+        asked: Sequence[AnyQuestion],
+        pixels: Tensor,
+        draw: tuple[int, int, int] | None = None,
+    ) -> Batch:
+        texts = encode(self._tokenizer, [one.text for one in asked])
+        answers = [_most_frequent(one) for one in asked]
+        if draw is not None:
+            random = np.random.default_rng(draw).random(len(asked)).tolist()
+            answers = [_drawn(one, place) for one, place in zip(asked, random, strict=True)]
         return {
             "pixel_values": normalize(pixels),
             "input_ids": pad(texts, self._pad_id),
             "attention_mask": pad_mask(texts),
-            "labels": pad([[self._bos_id, *self._answer_ids[i]] for i in answers], _IGNORED),
-            "answer_index": torch.tensor(answers),
+            "labels": pad([[self._bos_id, *self._spell(one)] for one in answers], _IGNORED),
+            "answer_index": torch.tensor([self._position.get(one, -1) for one in answers]),
+            "accuracy": self._accuracy(asked),
+            "num_answers": torch.tensor([len(one.answers) for one in asked]),
+            "question_id": torch.tensor([int(one.id or 0) for one in asked]),
         }
+
+    def _accuracy(self, asked: Sequence[AnyQuestion]) -> Tensor:
+        """Returns the accuracy that each candidate answer would have, ``(B, A)``."""
+        accuracy = torch.zeros(len(asked), len(self.answers))
+        for row, one in enumerate(asked):
+            for answer, value in answer_accuracy(one.answers, one.counts).items():
+                for index in self._normalized.get(answer, ()):
+                    accuracy[row, index] = value
+        return accuracy
+
+    def _spell(self, answer: str) -> list[int]:
+        ids = self._tokenizer(answer, add_special_tokens=False)["input_ids"]
+        return [*ids, int(self._tokenizer.sep_token_id)]
+
+
+def _most_frequent(question: AnyQuestion) -> str:
+    return question.answers[0] if question.answers else ""  # they are stored in that order
+
+
+def _drawn(question: AnyQuestion, place: float) -> str:
+    """Returns one of the answers, each as likely as people gave it; ``place`` is in [0, 1)."""
+    if not question.counts:
+        return _most_frequent(question)
+    bounds = np.cumsum(question.counts)
+    index = np.searchsorted(bounds, place * bounds[-1], side="right")
+    return question.answers[int(index)]
 
 
 def _bos_id(tokenizer: TextTokenizer) -> int:
