@@ -176,7 +176,7 @@ def load_study_for(
 ) -> StudySpec:
     """Reads the spec of a study that a cluster will run; like ``load_study``.
 
-    On a cluster elsewhere, places are checked there.
+    On a cluster that was not started on this machine, places are checked there.
 
     Args:
         address: URL of the cluster.
@@ -188,9 +188,9 @@ def load_study_for(
         SpecError: If anything is wrong, or a place means something on this machine only.
         FileNotFoundError: If there is no such file and no such preset.
     """
-    from orchestration.clusters.local import check_address, is_loopback
+    from orchestration.clusters.local import is_here
 
-    if is_loopback(str(check_address(address).hostname)):
+    if is_here(address):
         return load_study(source, overrides, root)
     spec = read_spec(source, [*overrides, *_root(root)])
     if not isinstance(spec, StudySpec):

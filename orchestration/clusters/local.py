@@ -223,6 +223,16 @@ def stop(name: str = "local") -> int:
     return count
 
 
+def is_here(address: str) -> bool:
+    """Tells whether the address of a job server or client is of a cluster that was started here.
+
+    Loopback alone does not say so: it may be one end of a tunnel.
+    """
+    parts = check_address(address)
+    ports = {port for r in all_running() for port in (r.dashboard, r.client)}
+    return is_loopback(str(parts.hostname)) and parts.port in ports
+
+
 def check_address(address: str) -> SplitResult:
     """Splits the address of a job server or of Ray's client.
 

@@ -108,7 +108,6 @@ def test_a_full_store_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         for name, value in environment(f"http://127.0.0.1:{server.server_port}").items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
         _filesystem.cache_clear()
         try:
             with pytest.raises(StorageError, match="the store is full; free some space there and"):

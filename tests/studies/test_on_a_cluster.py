@@ -19,6 +19,8 @@ from orchestration.clusters.local import MARK, Running, _processes, find, start,
 from orchestration.ray_jobs import RayJobs
 from orchestration.store import read_run
 from studies.cli_cluster import exposed
+from studies.errors import SpecError
+from studies.specfile import load_study_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -117,6 +119,15 @@ def test_a_study_submitted_as_a_job_gives_no_secret_away(head: Running, tmp_path
     for secret in SECRETS.values():
         assert secret not in str(shown)
         assert files_with(secret.encode(), tmp_path, Path(head.scratch)) == []
+
+
+def test_a_loopback_address_that_is_a_tunnel_is_not_taken_for_this_machine(
+    head: Running,
+) -> None:
+    spec = load_study_for(head.dashboard_url, "smoke", ())
+    assert spec.root == str(Path("comp-runs").absolute())
+    with pytest.raises(SpecError, match="root must be a URI or an absolute path that the machi"):
+        load_study_for("http://127.0.0.1:1", "smoke", ())
 
 
 def test_an_ended_job_is_found_and_its_output_shown_again(head: Running) -> None:

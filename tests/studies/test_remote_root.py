@@ -1,6 +1,7 @@
 """Studies whose root is a URI: the same study, in a local S3."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,17 +10,21 @@ import torch
 
 from comp.checkpoint import save_pruned
 from comp.models import load_model
+from orchestration.job import Job, Record
+from orchestration.lock import LEASE
 from orchestration.storage import Storage, StorageError, join
+from orchestration.store import RunDirectory, read_run
 from studies.cli import cli
 from studies.cli_model import at_hand, find_model
 from studies.comparison import find_runs
+from studies.driver import StudyFailed
 from studies.errors import SpecError
 from studies.folder import StudyFolder
 from studies.report import read_report, write_report
 from studies.session import conduct_study, sync_study
 from studies.study import Study, summarize
 from tests.object_store import SECRET, ObjectStore, serving
-from tests.studies.synthetic import RUNNER, make_spec
+from tests.studies.synthetic import RUNNER, make_spec, prune
 from tests.tiny import FAMILIES
 
 
@@ -82,6 +87,33 @@ def test_a_store_that_denies_stops_a_study_before_any_work(
     finally:
         store.trust()
     assert not StudyFolder.of(spec).is_started
+
+
+def prune_until_denied(job: Job, directory: RunDirectory) -> Iterator[Record]:
+    """A runner whose store denies it everything after the second record of trial 1."""
+    for record in prune(job, directory):
+        yield record
+        if job.trial == 1 and record.index == 1:
+            ObjectStore(os.environ["AWS_ENDPOINT_URL"]).check_keys()
+
+
+def test_a_store_that_denies_in_the_middle_keeps_what_is_finished(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    root = f"{store.root}/middle"
+    spec = make_spec(tmp_path, f"root={root}", "tracking.enabled=false", "n_trials=2")
+    try:
+        with pytest.raises(StudyFailed, match=f"{root}/runs/s-0001/.*access is denied"):
+            conduct_study(spec, inline=True, runner=f"{__name__}:prune_until_denied")
+    finally:
+        store.trust()
+    kept = read_run(f"{root}/runs/s-0001")
+    assert (kept.outcome, len(kept.records)) == ("unfinished", 2)
+    assert read_run(f"{root}/runs/s-0000").outcome == "finished"
+    Storage(f"{root}/studies/s").remove(LEASE)  # its holder, this process, still lives
+    outcome = conduct_study(spec, inline=True, runner=f"{__name__}:prune_until_denied")
+    assert outcome.counts == {"complete": 2}
+    assert read_run(f"{root}/runs/s-0001").records[:2] == kept.records
 
 
 def test_nothing_in_the_store_holds_the_key(store: ObjectStore) -> None:
