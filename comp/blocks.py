@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from comp import cost
 from comp.importance import token_importance, token_weights
+from comp.madtp import aligned_importance, keep_aligned, seen_by_table
 from comp.mixture import Mixture, causal_mask
 from comp.modes import PruningMode, Stream
 from comp.tokens import Selection, keep_above, select, select_count
@@ -262,6 +263,8 @@ class TokenState:
         rotary: Cosines and sines for ``AttentionSite.rotate``, ``(B, N, d)`` each.
         mixture: Which rows belong to which stream, if several share the sequence and its tokens
             may drop.
+        logits: Products of the rows with MADTP's alignment tokens, ``(B, N, T)``.
+        features: What these tokens have gathered in the layers so far, ``(B, T, D)``.
     """
 
     hidden: Tensor
@@ -272,6 +275,8 @@ class TokenState:
     cache: Any = None
     rotary: tuple[Tensor, Tensor] | None = None
     mixture: Mixture | None = None
+    logits: Tensor | None = None
+    features: Tensor | None = None
 
     def flags(self, mask: Tensor | None, default: bool) -> Tensor:
         """Returns a mask as a tensor ``(B, N)``, filled with ``default`` if it is ``None``."""
@@ -337,6 +342,9 @@ def run_blocks(
             state, held = _run_again_later(run, state)
         else:
             state, held = run(state, held)
+    alignment = handle.alignment
+    if alignment is not None and state.features is not None:
+        alignment.note(blocks[0].encoder, blocks[0].stream, state.features)
     if state.valid is not None:
         state.hidden = state.hidden * state.valid.unsqueeze(-1).to(state.hidden.dtype)
     return state
@@ -373,6 +381,8 @@ def _run_block(
     statistics = handle.statistics
     scored = drops or (_can_score(block, state) and statistics is not None and handle.switches.cip)
 
+    if block.drops_tokens and block.boundary is None:
+        _align(handle, block, state, scored=scored)
     context, scores = _self_attention(handle, block, state, need_scores=scored)
     if statistics is not None:
         weights = _row_weights(handle, state, scores)
@@ -409,6 +419,21 @@ def _run_block(
     if handle.meter is not None and not handle.meter.paused:
         _count_tokens(handle.meter, block, state)
     return state, held
+
+
+def _align(handle: "PruningHandle", block: Block, state: TokenState, *, scored: bool) -> None:
+    """Shows the rows that enter a layer to MADTP's alignment tokens, if the model has them."""
+    table, state.logits = handle.alignment, None
+    if table is None or not (scored or handle.model.training):
+        return
+    mapped = table.map(state.hidden, block.stream)
+    state.logits = table.logits(mapped)
+    if handle.model.training:
+        seen = seen_by_table(mapped, state.logits, state.flags(state.valid, default=True))
+        state.features = seen if state.features is None else state.features + seen
+    if handle.meter is not None and not handle.meter.paused:
+        tokens = int(cost.token_counts(state.valid, state.hidden).sum())
+        handle.meter.add_fixed(table.macs(tokens, block.stream))
 
 
 def _can_score(block: Block, state: TokenState) -> bool:
@@ -481,6 +506,12 @@ def _self_attention(
         return context, mixture.scores(query, key, site.scale, valid, mask)
     if probabilities is None:
         return context, None
+    if state.logits is not None:
+        valid = state.flags(state.valid, default=True)
+        protected = state.flags(state.protected, default=False)
+        return context, aligned_importance(
+            probabilities, context, state.logits, valid, protected, state.pooled, mask
+        )
     return context, token_importance(probabilities, mask, state.valid, state.protected)
 
 
@@ -601,7 +632,11 @@ def _drop_tokens(
     if count is not None:
         selection = select_count(count, scores, valid, protected, merge=merge)
         return gather_state(state, selection), selection.gather_scores(scores)
-    keep = keep_above(scores, threshold, valid, protected, handle.min_tokens[block.stream])
+    fewest = handle.min_tokens[block.stream]
+    if state.logits is not None:
+        keep = keep_aligned(scores, state.logits, threshold, valid, protected, fewest)
+    else:
+        keep = keep_above(scores, threshold, valid, protected, fewest)
     selected = select(keep, scores, valid, merge=merge)
     if selected is None:
         return state, scores
@@ -647,6 +682,7 @@ def gather_state(state: TokenState, selection: Selection) -> TokenState:
         cache=state.cache,
         rotary=None if state.rotary is None else _gather_rotary(state.rotary, selection),
         mixture=None if state.mixture is None else state.mixture.gather(selection),
+        features=state.features,
     )
 
 

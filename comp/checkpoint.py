@@ -112,7 +112,9 @@ def load_pruned(directory: str | Path) -> nn.Module:
     plan_path = directory / PLAN
     if plan_path.is_file():
         plan = json.loads(plan_path.read_text())
-        switches = Method(cip=plan["cip"], cit=plan["cit"], schedule="mps")
+        switches = Method(
+            cip=plan["cip"], cit=plan["cit"], schedule="mps", token_score=plan["token_score"]
+        )
         handle = attach(
             model,
             switches=switches,

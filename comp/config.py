@@ -26,6 +26,8 @@ class Method:
         tokens: Whether tokens are pruned at all.
         parameter_score: ``"wanda"`` scores units by Eq. 3 or 4, ``"gradient"`` as UPop does
             (``comp.upop``).
+        token_score: ``"attention"`` scores tokens by Eq. 6 or 7, ``"madtp"`` as MADTP does, with
+            its learnable thresholds (``comp.madtp``).
     """
 
     cip: bool
@@ -34,6 +36,7 @@ class Method:
     parameters: bool = True
     tokens: bool = True
     parameter_score: Literal["wanda", "gradient"] = "wanda"
+    token_score: Literal["attention", "madtp"] = "attention"
 
 
 METHODS: dict[str, Method] = {
@@ -47,6 +50,7 @@ METHODS: dict[str, Method] = {
     ),
     "param": Method(cip=False, cit=False, schedule="joint", tokens=False),
     "token": Method(cip=False, cit=False, schedule="joint", parameters=False),
+    "madtp": Method(cip=False, cit=False, schedule="joint", parameters=False, token_score="madtp"),
     "sjp": Method(cip=False, cit=False, schedule="joint"),
     "sjp_tp": Method(cip=False, cit=False, schedule="tokens_first"),
     "sjp_pt": Method(cip=False, cit=False, schedule="params_first"),
@@ -89,6 +93,7 @@ class PruningConfig:
         cit: Overrides the method's switch.
         schedule: Overrides the method's switch.
         parameter_score: Overrides the method's switch.
+        token_score: Overrides the method's switch.
         modes: Restricts the run to these modes; ``None`` means all the family has.
         mask_site: ``"qkv"`` multiplies head masks into q, k and v (Eq. 2), ``"context"`` into
             the attention output.
@@ -144,6 +149,7 @@ class PruningConfig:
     cit: bool | None = None
     schedule: Schedule | None = None
     parameter_score: Literal["wanda", "gradient"] | None = None
+    token_score: Literal["attention", "madtp"] | None = None
     modes: tuple[str, ...] | None = None
     mask_site: Literal["qkv", "context"] = "qkv"
     merge: Literal["auto", "summary", "drop"] = "auto"
@@ -224,7 +230,7 @@ class PruningConfig:
         method = METHODS[self.method]
         own = {
             name: getattr(self, name)
-            for name in ("cip", "cit", "schedule", "parameter_score")
+            for name in ("cip", "cit", "schedule", "parameter_score", "token_score")
             if getattr(self, name) is not None
         }
         return dataclasses.replace(method, **own)
@@ -270,6 +276,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
         "params_first",
     ),
     "parameter_score": (None, "wanda", "gradient"),
+    "token_score": (None, "attention", "madtp"),
     "mask_site": ("qkv", "context"),
     "merge": ("auto", "summary", "drop"),
     "val_metric": ("metric", "neg_loss"),

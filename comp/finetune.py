@@ -13,6 +13,7 @@ from comp.cost import Measurement
 from comp.errors import NanLoss
 from comp.evaluation import autocast, evaluate, to_device
 from comp.handle import handle_of
+from comp.madtp import LOSS_WEIGHT
 from comp.tasks.base import Batch, Evaluation, Task
 
 RATIO_TOLERANCE = 0.005
@@ -49,7 +50,7 @@ def train_step(
     total = 0.0
     for _ in range(config.accumulate):
         with autocast(device, enabled=config.autocast):
-            loss = task.loss(model, to_device(next(batches), device)) / config.accumulate
+            loss = _loss(model, task, to_device(next(batches), device)) / config.accumulate
         total += float(loss.detach())
         if not math.isfinite(total):
             return total
@@ -57,6 +58,12 @@ def train_step(
     nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     optimizer.step()
     return total
+
+
+def _loss(model: nn.Module, task: Task, batch: Batch) -> Tensor:
+    loss = task.loss(model, batch)
+    alignment = handle_of(model).alignment
+    return loss if alignment is None else loss + LOSS_WEIGHT * alignment.loss()
 
 
 def cosine(step: int, total: int, peak: float) -> float:

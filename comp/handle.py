@@ -15,7 +15,11 @@ from comp.blocks import AttentionSite, Block, UnitGroup
 from comp.config import Method
 from comp.cost import Meter
 from comp.importance import ActivationStatistics
+from comp.madtp import Alignment
 from comp.modes import PARAMETER_MODES, PruningMode, Stream
+
+ALIGNMENT = "alignment"
+"""Attribute of a model that holds its alignment tokens (``comp.madtp``)."""
 
 
 @dataclass
@@ -35,6 +39,15 @@ class Structure:
     def groups(self) -> list[UnitGroup]:
         """All unit groups, in forward order."""
         return [group for blocks in self.encoders.values() for b in blocks for group in b.groups()]
+
+    def widths(self) -> dict[Stream, int]:
+        """Width of the hidden states of every stream whose tokens drop by a threshold."""
+        return {
+            block.stream: block.attention.out.linear.out_features
+            for blocks in self.encoders.values()
+            for block in blocks
+            if block.drops_tokens and block.boundary is None
+        }
 
     def modes(self) -> list[PruningMode]:
         """The modes that this model has, in their fixed order."""
@@ -103,6 +116,13 @@ class PruningHandle:
         self._last = {name: blocks[-1].layer for name, blocks in self.structure.encoders.items()}
         if not self.dense_units:
             self.dense_units = {name: g.num_units for name, g in self.groups.items()}
+
+    @property
+    def alignment(self) -> Alignment | None:
+        """MADTP's alignment tokens, a part of the model, if they score its tokens."""
+        table = getattr(self.model, ALIGNMENT, None)
+        wanted = self.switches.token_score == "madtp"
+        return table if wanted and isinstance(table, Alignment) else None
 
     @property
     def idle(self) -> bool:
@@ -183,6 +203,7 @@ class PruningHandle:
             "merge": self.merge,
             "cip": self.switches.cip,
             "cit": self.switches.cit,
+            "token_score": self.switches.token_score,
         }
 
 

@@ -244,7 +244,7 @@ class Pruner:
             ratio_asked=0.0,
             ratio_reached=0.0,
             gmacs=self._macs / 1e9,
-            params=num_parameters(self.model, self.handle),
+            params=sum(parameter.numel() for parameter in self._dense_model.parameters()),
             val=verdict.metric,
             test=test.metric,
             val_before_tuning=verdict.metric,

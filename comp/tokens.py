@@ -93,13 +93,31 @@ def keep_above(
 
     Source: CoMP (arXiv 2604.02956), Eq. (1) for tokens.
     """
-    scored = valid & ~protected
     if threshold <= 0:
         return valid
-    count = scored.sum(dim=1, keepdim=True)
+    count = (valid & ~protected).sum(dim=1, keepdim=True)
     relative = scores.float() * count
-    floor = scored & (_ranks(relative, scored) < min_tokens)
-    return (scored & (relative > threshold)) | floor | (protected & valid)
+    return keep_if(relative > threshold, relative, valid, protected, min_tokens)
+
+
+def keep_if(
+    above: Tensor, scores: Tensor, valid: Tensor, protected: Tensor, min_tokens: int
+) -> Tensor:
+    """Completes what a threshold says by the tokens that have to stay.
+
+    Args:
+        above: True where a token passes the threshold, ``(B, N)``.
+        scores: Token importance, ``(B, N)``.
+        valid: True for real tokens, ``(B, N)``.
+        protected: Tokens that always survive, ``(B, N)``.
+        min_tokens: Unprotected tokens kept at least; the highest-scored ones fill up.
+
+    Returns:
+        True for the survivors, ``(B, N)`` bool.
+    """
+    scored = valid & ~protected
+    floor = scored & (_ranks(scores, scored) < min_tokens)
+    return (scored & above) | floor | (protected & valid)
 
 
 def keep_share(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from comp.config import Method
 from comp.handle import (
+    ALIGNMENT,
     PruningHandle,
     Structure,
     handle_of,
@@ -14,6 +15,7 @@ from comp.handle import (
     stock_forward,
     swap_forward,
 )
+from comp.madtp import Alignment
 from comp.modes import Stream
 
 
@@ -83,7 +85,21 @@ def attach_with(
         handle.min_tokens = dict(min_tokens)
     handle.mask_site = mask_site
     handle.merge = merge
+    if handle.switches.token_score == "madtp" and not hasattr(model, ALIGNMENT):
+        _add_alignment(handle)
     return handle
+
+
+def _add_alignment(handle: PruningHandle) -> None:
+    """Gives a model the alignment tokens of ``comp.madtp``, as parameters of its own."""
+    widths = handle.structure.widths()
+    if not widths:
+        raise ValueError(
+            f"token_score 'madtp' needs encoders whose tokens drop by a threshold, which "
+            f"{type(handle.model).__name__} has not; use 'attention'"
+        )
+    device = next(handle.model.parameters()).device
+    setattr(handle.model, ALIGNMENT, Alignment(widths).to(device))
 
 
 def detach(model: nn.Module) -> None:
@@ -99,6 +115,8 @@ def detach(model: nn.Module) -> None:
             "keep the model attached"
         )
     restore_forwards(handle)
+    if hasattr(model, ALIGNMENT):
+        delattr(model, ALIGNMENT)
 
 
 def counted_linear(self: Any, rows: Tensor) -> Tensor:
