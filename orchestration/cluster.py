@@ -214,7 +214,7 @@ def _start(num_cpus: int | None) -> Cluster:
                 object_store_memory=OBJECT_STORE_MIB * 2**20,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                _temp_dir=str(scratch.path),
+                _temp_dir=str(scratch.path / "ray"),  # Ray opens its own to every user
             )
     except Exception as error:
         scratch.remove()

@@ -54,7 +54,8 @@ class Running:
         client: Port of Ray's client.
         auth: ``"disabled"``, or ``"token"`` if it asks for the token in ``token_file``.
         token_file: See ``auth``; ``""`` if the token came from the environment.
-        scratch: Ray's temporary directory.
+        scratch: What holds Ray's temporary directory. Ray opens that to every user of the machine;
+            this one stays closed.
         log: What the head wrote while it started.
     """
 
@@ -137,7 +138,7 @@ def start(
     client = _port(client_port, CLIENT_PORT, -1)
     state = state_directory()
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    scratch = tempfile.mkdtemp(prefix="comp-ray-", dir="/tmp" if Path("/tmp").is_dir() else None)
+    scratch = tempfile.mkdtemp(prefix="comp-up-", dir="/tmp" if Path("/tmp").is_dir() else None)
     is_local = is_loopback(bind)
     running = Running(
         name=name,
@@ -158,7 +159,7 @@ def start(
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
         *(f"--node-ip-address={running.host}", f"--port={gcs}"),
         *(f"--dashboard-host={bind}", f"--dashboard-port={dashboard}"),
-        *(f"--ray-client-server-port={client}", f"--temp-dir={scratch}"),
+        *(f"--ray-client-server-port={client}", f"--temp-dir={scratch}/ray"),
         *("--disable-usage-stats", "--include-dashboard=true"),
         *([] if num_cpus is None else [f"--num-cpus={num_cpus}"]),
         *([] if num_gpus is None else [f"--num-gpus={num_gpus}"]),

@@ -100,6 +100,7 @@ def files_with(secret: bytes, *places: Path) -> list[Path]:
 def test_nobody_outside_this_machine_reaches_any_port_of_the_cluster(head: Running) -> None:
     wait_for_workers(head)
     assert open_ports(head) == {"127.0.0.1"}
+    assert Path(head.scratch).stat().st_mode & 0o077 == 0
 
 
 def test_a_study_submitted_as_a_job_gives_no_secret_away(head: Running, tmp_path: Path) -> None:
