@@ -177,7 +177,7 @@ def status(
 @name_option
 @common
 def down(name: str, as_json: bool) -> None:
-    """End a cluster of ``comp cluster up``, and nothing else."""
+    """End a cluster of 'comp cluster up', and nothing else."""
     from orchestration.clusters.local import stop
 
     count = stop(name)
@@ -228,14 +228,13 @@ study_option = click.option(
 def slurm(spec: Path, overrides: tuple[str, ...], study: str | None, as_json: bool) -> None:
     """Write a batch script: one Ray node per host of the allocation, and a study on them."""
     from orchestration.clusters.slurm import render
-    from studies.specfile import find_spec
 
     with mistakes():
         shape = _load(spec, overrides).to_shape()
         if study is None:
             raise ValueError("--study must name the study that the job runs, but got none")
-        path = find_spec(study)
-        text = render(shape, ["comp", "study", "run", str(path.resolve())])
+        path = _study_file(study)
+        text = render(shape, ["comp", "study", "run", str(path)])
     answer(as_json, {"script": text}, text.rstrip("\n"))
 
 
@@ -252,7 +251,6 @@ def kuberay(spec: Path, overrides: tuple[str, ...], study: str | None, as_json: 
     """Write a RayCluster, or with --study a RayJob that brings its own, for KubeRay."""
     from orchestration.clusters import kuberay as manifests
     from orchestration.clusters.checks import check_kubernetes
-    from studies.specfile import find_spec, read_spec
     from studies.yaml_text import write_yaml
 
     with mistakes():
@@ -261,8 +259,7 @@ def kuberay(spec: Path, overrides: tuple[str, ...], study: str | None, as_json: 
         if study is None:
             objects = [manifests.cluster(shape, checked.ray)]
         else:
-            read_spec(study)
-            text = find_spec(study).read_text(encoding="utf-8")
+            text = _study_file(study).read_text(encoding="utf-8")
             objects = manifests.job(shape, checked.ray, text)
         for values in objects:
             check_kubernetes(values)
@@ -277,7 +274,7 @@ def kuberay(spec: Path, overrides: tuple[str, ...], study: str | None, as_json: 
 @click.option("--provider", type=click.Choice(["aws", "gcp", "local"]), required=True)
 @common
 def vm(spec: Path, overrides: tuple[str, ...], provider: Any, as_json: bool) -> None:
-    """Write a file for ``ray up``: machines of a cloud, or ones that SSH reaches (local)."""
+    """Write a file for 'ray up': machines of a cloud, or ones that SSH reaches (local)."""
     from orchestration.clusters.checks import check_ray_up
     from orchestration.clusters.vm import render
     from studies.yaml_text import write_yaml
@@ -286,6 +283,22 @@ def vm(spec: Path, overrides: tuple[str, ...], provider: Any, as_json: bool) -> 
         values = render(_load(spec, overrides).to_shape(), provider)
         check_ray_up(values)
     answer(as_json, {"cluster": values}, write_yaml(values).rstrip("\n"))
+
+
+def _study_file(study: str) -> Path:
+    """Returns the file of a study's spec after checking it.
+
+    Raises:
+        SpecError: If anything is wrong in it, or it is no study.
+        FileNotFoundError: If there is no such file and no such preset.
+    """
+    from studies.errors import SpecError
+    from studies.specfile import find_spec, read_spec
+
+    kind = read_spec(study).kind
+    if kind != "study":
+        raise SpecError(f"{study} is of kind {kind!r}, but a cluster runs studies")
+    return find_spec(study).resolve()
 
 
 def _load(spec: Path, overrides: tuple[str, ...]) -> "ClusterSpec":

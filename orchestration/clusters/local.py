@@ -124,10 +124,12 @@ def start(
         auth: ``"token"`` or ``"disabled"``; by default the former if ``bind`` is not loopback.
 
     Raises:
-        ValueError: If a port that was asked for is taken, or the name cannot be one.
+        ValueError: If a port that was asked for is taken, the address is not one of this machine,
+            or the name cannot be one.
         LocalClusterError: If such a cluster runs already, or Ray does not start.
     """
     check_name("name", name)
+    _check_own_address(bind)
     if (known := find(name)) is not None:
         raise LocalClusterError(
             f"cluster {name!r} runs already at {known.address}; end it with 'comp cluster down "
@@ -185,6 +187,8 @@ def start(
         _wait_until_up(running, process)
     except BaseException:
         _end(running)
+        if running.token_file:
+            Path(running.token_file).unlink(missing_ok=True)
         raise
     text = json.dumps(asdict(running), indent=1) + "\n"
     _note(name).write_text(text, encoding="utf-8")
@@ -275,9 +279,20 @@ def _is_free(port: int) -> bool:
     return True
 
 
+def _check_own_address(bind: str) -> None:
+    try:
+        with socket.socket() as probe:
+            probe.bind((bind, 0))
+    except OSError as error:
+        raise ValueError(
+            f"bind must be an IPv4 address of this machine, but got {bind!r}; 0.0.0.0 means all "
+            "of them"
+        ) from error
+
+
 def _own_address(bind: str) -> str:
     """Returns an address of this machine for one that means all of them."""
-    if bind not in ("0.0.0.0", "::"):
+    if bind != "0.0.0.0":
         return bind
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # sends nothing; chooses the interface that leads out

@@ -211,5 +211,9 @@ def test_a_cluster_without_a_token_is_warned_of(
 def test_a_mistake_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("slurm", str(EXAMPLE)) == 2
     assert "--study must name the study" in capsys.readouterr().err
+    assert run("kuberay", str(EXAMPLE), "--study", "prune-vqa") == 2
+    assert "is of kind 'prune', but a cluster runs studies" in capsys.readouterr().err
+    assert run("up", "--bind", "203.0.113.9") == 2
+    assert "bind must be an IPv4 address of this machine" in capsys.readouterr().err
     assert run("vm", "nowhere.yaml", "--provider", "aws") == 2
     assert "'comp cluster example' prints one" in capsys.readouterr().err
