@@ -64,10 +64,17 @@ class _Dumper(_FastDumper):  # type: ignore[misc, valid-type]
         return True
 
 
+def _write_text(dumper: Any, text: str) -> Any:
+    """Writes several lines as they are, which YAML allows unless one ends in a space."""
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
 def _read_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     return int(node.value)
 
 
+_Dumper.add_representer(str, _write_text)
 _Loader.add_constructor("tag:yaml.org,2002:int", _read_int)
 for _tag, _pattern, _first in _SCALARS:
     for _class in (_Loader, _Dumper):

@@ -24,6 +24,17 @@ def test_scalars_mean_what_they_look_like(text: str, value: object) -> None:
     assert (found, type(found)) == (value, type(value))
 
 
+@pytest.mark.parametrize(
+    "text", ["a: b\nc: |\n  x\n", "# x\n\n---\n", " a\nb ", "\ta\n", "\n", "a \nb", "é\u2028\nx"]
+)
+def test_several_lines_are_read_back(text: str) -> None:
+    assert read_yaml(write_yaml({"text": text, "list": [text]})) == {"text": text, "list": [text]}
+
+
+def test_several_lines_stay_readable() -> None:
+    assert write_yaml({"a": "x: 1\ny: 2\n"}) == "a: |\n  x: 1\n  y: 2\n"
+
+
 def test_what_is_written_is_read_back() -> None:
     values = {"a": "1e-4", "b": "no", "c": "010", "d": [1e-300, None, True], "e": {"f": ""}}
     assert read_yaml(write_yaml(values)) == values
