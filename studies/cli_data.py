@@ -6,10 +6,6 @@ import click
 
 from studies.cli_base import answer, common, example, mistakes
 
-size_option = click.option(
-    "--size", type=click.IntRange(16, 512), default=64, show_default=True, help="Pixels."
-)
-
 
 @click.group(epilog=example("comp data build openmoji"))
 def data() -> None:
@@ -36,6 +32,64 @@ def build(name: str, size: int, output: Path | None, as_json: bool) -> None:
     else:
         build_openmoji(output, size=size)
     answer(as_json, {"name": name, "path": str(output), "pixels": size}, str(output))
+
+
+@data.command(
+    "import",
+    epilog=example(
+        "comp data import nlvr2 train.json dev.json test1.json --images nlvr2/images --out nlvr2",
+        "comp data import karpathy dataset_coco.json --images coco --link --out coco-captions",
+        "comp data import vqav2 v2_*.json --images coco --link --out vqa --on-bad skip",
+        "comp data import llava llava_instruct_150k.json --images coco/train2017 --out llava",
+    ),
+)
+@click.argument("format", type=click.Choice(["nlvr2", "karpathy", "vqav2", "llava"]))
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder that the images lie below; that of the first source by default.",
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="The directory to make."
+)
+@click.option(
+    "--on-bad",
+    type=click.Choice(["fail", "skip"]),
+    default="fail",
+    show_default=True,
+    help="What to do with rows whose image is missing or broken.",
+)
+@click.option("--link", is_flag=True, help="Store paths of images; they must stay in place.")
+@click.option(
+    "--holdout",
+    type=float,
+    default=0.02,
+    show_default=True,
+    help="Share of training images for each split that is not published (vqav2, llava).",
+)
+@common
+def import_(
+    format: str,
+    sources: tuple[Path, ...],
+    images: Path | None,
+    out: Path,
+    on_bad: str,
+    link: bool,
+    holdout: float,
+    as_json: bool,
+) -> None:
+    """Turn published files into a data set that every task reads with --data or data:."""
+    import dataclasses
+
+    from comp.data.imports import import_data
+
+    with mistakes():
+        report = import_data(
+            format, sources, out, images=images, on_bad=on_bad, link=link, holdout=holdout
+        )
+    values = {"path": str(out), **dataclasses.asdict(report)}
+    answer(as_json, values, f"{out}: {report}")
 
 
 @data.command(epilog=example("comp data info openmoji"))

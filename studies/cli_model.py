@@ -1,9 +1,10 @@
 """``comp evaluate``, ``measure`` and ``diagnose``: one model at a time."""
 
 import contextlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,7 +12,7 @@ from studies.cli_base import answer, common, device_option, example, mistakes
 
 if TYPE_CHECKING:
     from comp.models import LoadedModel
-    from comp.tasks.base import Task
+    from comp.tasks.base import Batch, Task
 
 data_option = click.option(
     "--data", type=click.Path(path_type=Path), help="A data set; the embedded one by default."
@@ -26,10 +27,16 @@ ratio_option = click.option(
     epilog=example(
         "comp evaluate blip-tiny-vqa --split test",
         "comp evaluate comp-runs/runs/demo-vqa-0000 --ratio 0.7",
+        "comp evaluate my-blip --data vqav2 --split server --submission answers.json",
     )
 )
 @click.argument("model")
-@click.option("--split", default="test", show_default=True, help="train, val or test.")
+@click.option("--split", default="test", show_default=True, help="train, val, test or server.")
+@click.option(
+    "--submission",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Do not measure: write the answers to VQA questions as its server takes them.",
+)
 @click.option("--samples", type=click.IntRange(min=1), help="The first so many; all by default.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @ratio_option
@@ -40,6 +47,7 @@ ratio_option = click.option(
 def evaluate(
     model: str,
     split: str,
+    submission: Path | None,
     samples: int | None,
     batch_size: int,
     ratio: float | None,
@@ -58,7 +66,14 @@ def evaluate(
         target = resolve_device(device)
         if not hasattr(loaded.model, "pruning"):
             attach(loaded.model)
-        next(iter(built.batches(split, batch_size=1, num_samples=1)))
+        first = next(iter(built.batches(split, batch_size=1, num_samples=1)))
+        _check_answers(built, first, split, submission)
+    if submission is not None:
+        batches = built.batches(split, batch_size=batch_size, num_samples=samples)
+        count = _write_submission(loaded.model.to(target), built, batches, target, submission)
+        text = f"{count} answers to {split} questions in {submission}"
+        answer(as_json, {"path": str(submission), "answers": count}, text)
+        return
     result, cost = run_evaluation(
         loaded.model.to(target),
         built,
@@ -85,6 +100,37 @@ def evaluate(
         f"{params / 1e6:.3f} M parameters"
     )
     answer(as_json, values, text)
+
+
+def _check_answers(task: "Task", first: "Batch", split: str, submission: Path | None) -> None:
+    """Refuses a submission of another task, and a measurement without answers."""
+    if submission is None and "num_answers" in first and int(first["num_answers"][0]) == 0:
+        raise ValueError(
+            f"split {split!r} has questions without answers, so there is nothing to measure; "
+            "write a file for the server with --submission FILE"
+        )
+    if submission is None:
+        return
+    if not hasattr(task, "submission"):
+        raise ValueError(f"--submission is for task 'vqa', but the task is {task.name!r}")
+    if int(first["question_id"][0]) == 0:
+        raise ValueError("--submission needs questions with ids; import VQAv2 and pass --data")
+    if not submission.parent.is_dir():
+        raise ValueError(f"--submission: there is no directory {submission.parent}; make it first")
+
+
+def _write_submission(
+    model: Any, task: Any, batches: "Iterable[Batch]", device: Any, path: Path
+) -> int:
+    """Writes answers under a temporary name, renames the file, and returns how many there are."""
+    from comp.evaluation import evaluating, to_device
+
+    with evaluating(model):
+        answers = task.submission(model, (to_device(batch, device) for batch in batches))
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(answers) + "\n", encoding="utf-8")
+    part.replace(path)
+    return len(answers)
 
 
 @click.command(

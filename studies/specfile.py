@@ -130,11 +130,23 @@ def check_places(spec: RunSpec) -> None:
             f"data must be a data set file or directory, but there is none at {spec.data!r}; "
             "leave it out for the embedded data set"
         )
+    if spec.data is not None:
+        _check_data(spec.task, Path(spec.data))
     if spec.tracking.enabled:
         try:
             MlflowTracker(tracking_uri(spec), spec.name)
         except ValueError as error:
             raise SpecError(f"tracking.uri: {error}") from None
+
+
+def _check_data(task: str, path: Path) -> None:
+    from comp.data.layout import data_file, read_metadata
+    from comp.tasks.names import check_kind
+
+    try:
+        check_kind(task, read_metadata(data_file(path)).get("kind", ""), path)
+    except (ValueError, OSError) as error:
+        raise SpecError(f"data: {error}") from None
 
 
 def tracking_uri(spec: RunSpec) -> str:

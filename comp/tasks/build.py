@@ -1,22 +1,26 @@
-"""From a task's name to the task on the embedded data set."""
+"""From a task's name to the task on the embedded data set, or on an imported one."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from comp.config import nearest
+from comp.data.layout import DataSet
 from comp.data.openmoji import OpenMoji, load_openmoji
 from comp.tasks.base import Task
-from comp.tasks.instruct import InstructTask, make_conversations
-from comp.tasks.names import TASKS
-from comp.tasks.nlvr import NlvrTask
+from comp.tasks.batching import Images, Streamed
+from comp.tasks.instruct import InstructTask, make_conversations, stored_conversation
+from comp.tasks.names import TASKS, check_kind
+from comp.tasks.nlvr import NlvrTask, stored_statement
 from comp.tasks.questions import all_answers, make_questions
 from comp.tasks.retrieval import RetrievalTask
 from comp.tasks.scenes import make_scenes, render_scenes
 from comp.tasks.statements import make_statements
 from comp.tasks.text import TextTokenizer
-from comp.tasks.vqa import VqaTask
+from comp.tasks.vqa import VqaTask, stored_question
 
 _NUM_SAMPLES = {
     "vqa": {"train": 30_000, "val": 3_000, "test": 3_000},
@@ -36,20 +40,22 @@ def build_task(
     num_train: int | None = None,
     seed: int = 0,
 ) -> Task:
-    """Builds a task on the embedded data set.
+    """Builds a task on the embedded data set, or on one that ``comp data import`` wrote.
+
+    An imported set is streamed; it is never whole in memory.
 
     Args:
         name: One of ``TASKS``.
         tokenizer: The model's tokenizer.
         image_size: Height and width of the images in pixels.
-        data: An OpenMoji file in the Parquet layout; ``None`` means the cached one, which is
-            made at the first use.
+        data: A data set in the Parquet layout, a file or a directory; ``None`` means the
+            embedded OpenMoji, which is made at the first use.
         augment: Whether training images vary a little from epoch to epoch.
-        num_train: Training samples; ``None`` means the task's usual number.
+        num_train: Training samples of the embedded set; ``None`` means the task's usual number.
         seed: Seed of the choice of samples. Results are comparable only between equal seeds.
 
     Raises:
-        ValueError: If the name is unknown or ``data`` is another data set.
+        ValueError: If the name is unknown or ``data`` holds rows for other tasks.
         FileNotFoundError: If ``data`` does not exist.
     """
     if name not in TASKS:
@@ -57,6 +63,12 @@ def build_task(
             f"task must be one of {', '.join(TASKS)}, but got {name!r}"
             + nearest(name, list(TASKS))
         )
+    if data is not None:
+        stored = DataSet(data)
+        if stored.kind != "drawings":
+            return _stored(
+                name, stored, tokenizer, image_size=image_size, augment=augment, limit=num_train
+            )
     openmoji = load_openmoji(image_size, path=data)
     numbers = {**_NUM_SAMPLES[name]}
     if num_train is not None:
@@ -68,6 +80,38 @@ def build_task(
     if name == "instruct":
         return _instruct(openmoji, tokenizer, numbers, augment=augment, seed=seed)
     return _nlvr(openmoji, tokenizer, numbers, augment=augment, seed=seed)
+
+
+def _stored(
+    name: str,
+    stored: DataSet,
+    tokenizer: TextTokenizer,
+    *,
+    image_size: int,
+    augment: bool,
+    limit: int | None,
+) -> Task:
+    """Builds a task on an imported data set; nothing is mirrored, as texts may say left."""
+    check_kind(name, stored.kind, stored.path)
+    if limit is not None:
+        raise ValueError(f"num_train is for the embedded data set, but got {limit} with data")
+    if "train" not in stored.splits:
+        raise ValueError(f"{stored.path} has no split train; import its training files too")
+    images = Images(size=image_size, root=stored.image_root)
+
+    def streams(convert: Callable[..., Any]) -> dict[str, Streamed[Any]]:
+        return {split: Streamed(rows, convert) for split, rows in stored.splits.items()}
+
+    if name == "nlvr2":
+        return NlvrTask(streams(stored_statement), images, tokenizer, augment=augment)
+    if name == "instruct":
+        return InstructTask(
+            streams(stored_conversation), images, tokenizer, augment=augment, flip=False
+        )
+    answers = json.loads(stored.facts["answers"])
+    return VqaTask(
+        streams(stored_question), images, list(answers), tokenizer, augment=augment, flip=False
+    )
 
 
 def _vqa(

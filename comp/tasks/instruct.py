@@ -14,8 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from comp.data.images import normalize
+from comp.data.layout import EncodedImage, Row
 from comp.tasks.base import Batch
-from comp.tasks.batching import jitter, training_order
+from comp.tasks.batching import (
+    Images,
+    Streamed,
+    ordered_batches,
+    sample_splits,
+    shuffled_batches,
+)
 from comp.tasks.questions import Question
 from comp.tasks.text import TextTokenizer, pad, pad_mask
 
@@ -33,6 +40,28 @@ class Conversation:
 
     image: int
     turns: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class StoredConversation:
+    """Turns about one encoded image, or about none.
+
+    Attributes:
+        image: The image, or ``None``.
+        turns: What the human and the model said, by turns.
+    """
+
+    image: EncodedImage | None
+    turns: tuple[tuple[str, str], ...]
+
+
+AnyConversation = Conversation | StoredConversation
+
+
+def stored_conversation(row: Row) -> StoredConversation:
+    """Makes a conversation of a row of kind ``conversations``."""
+    image = row.images[0] if row.images else None
+    return StoredConversation(image, tuple(zip(row.texts, row.labels, strict=True)))
 
 
 def make_conversations(questions: Sequence[Question], *, num_turns: int = 3) -> list[Conversation]:
@@ -59,7 +88,7 @@ def make_conversations(questions: Sequence[Question], *, num_turns: int = 3) -> 
 
 
 class InstructTask:
-    """Conversations about one image each; the answer to the last question is judged.
+    """Conversations about one image each or none; the answer to the last question is judged.
 
     The model is called like the stock ``LlavaForConditionalGeneration``; the task puts the
     image's tokens behind the start token, as many as the model's config says. Training learns
@@ -68,9 +97,10 @@ class InstructTask:
 
     Args:
         conversations: Conversations by split.
-        pixels: All images, 0..255, ``(U, 3, H, W)``, uint8.
+        pixels: All images, 0..255, ``(U, 3, H, W)``, uint8, or where to decode them.
         tokenizer: The model's tokenizer.
-        augment: Whether training images are shifted, scaled and mirrored a little.
+        augment: Whether training images are shifted and scaled a little.
+        flip: Whether it also mirrors half of them; wrong where texts speak of left or right.
     """
 
     name = "instruct"
@@ -78,15 +108,17 @@ class InstructTask:
 
     def __init__(
         self,
-        conversations: Mapping[str, Sequence[Conversation]],
-        pixels: Tensor,
+        conversations: Mapping[str, Sequence[Conversation] | Streamed[StoredConversation]],
+        pixels: Tensor | Images,
         tokenizer: TextTokenizer,
         *,
         augment: bool = True,
+        flip: bool = True,
     ) -> None:
-        self.conversations = {split: tuple(found) for split, found in conversations.items()}
-        self._pixels = pixels
+        self.conversations = sample_splits(conversations)
+        self._pixels = pixels if isinstance(pixels, Images) else Images(pixels)
         self._augment = augment
+        self._flip = flip
         self._tokenizer = tokenizer
         self._pad_id = int(tokenizer.pad_token_id or 0)
         if tokenizer.bos_token_id is None:
@@ -94,38 +126,40 @@ class InstructTask:
 
     def train_batches(self, *, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
         """Yields shuffled training batches without end; see ``Task``."""
-        order = training_order(
-            len(self.conversations["train"]), batch_size=batch_size, seed=seed, start=start
+        return shuffled_batches(
+            self.conversations["train"],
+            self._images,
+            self._batch,
+            batch_size=batch_size,
+            seed=seed,
+            start=start,
+            augment=self._augment,
+            flip=self._flip,
         )
-        for step, indexes in order:
-            pixels = self._images("train", indexes)
-            if self._augment:
-                pixels = jitter(pixels, seed=seed, step=step, flip=True)
-            yield self._batch("train", indexes, pixels)
 
     def batches(
         self, split: str, *, batch_size: int, num_samples: int | None = None
     ) -> Iterator[Batch]:
         """Yields a split once in a fixed order; see ``Task``."""
-        if split not in self.conversations:
-            raise ValueError(
-                f"split must be one of {', '.join(self.conversations)}, but got {split!r}"
-            )
-        end = len(self.conversations[split])
-        end = min(end, num_samples or end)
-        for first in range(0, end, batch_size):
-            indexes = list(range(first, min(first + batch_size, end)))
-            yield self._batch(split, indexes, self._images(split, indexes))
+        return ordered_batches(
+            self.conversations,
+            self._images,
+            self._batch,
+            split,
+            batch_size=batch_size,
+            num_samples=num_samples,
+        )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns the mean cross-entropy of all answers' tokens."""
-        ids, mask = _with_image(model, batch["input_ids"], batch["attention_mask"])
+        shown = batch["has_image"]
+        ids, mask = _with_image(model, batch["input_ids"], batch["attention_mask"], shown)
         unlabelled = ids.shape[1] - batch["labels"].shape[1]
         loss: Tensor = model(
             input_ids=ids,
             attention_mask=mask,
-            pixel_values=batch["pixel_values"],
-            labels=_behind_first(batch["labels"], unlabelled, _IGNORED),
+            pixel_values=_given(batch["pixel_values"]),
+            labels=_behind_first(batch["labels"], unlabelled, _IGNORED, shown, _IGNORED),
             use_cache=False,
         ).loss
         return loss
@@ -139,12 +173,14 @@ class InstructTask:
         """
         from comp.blocks import unmetered
 
-        ids, mask = _with_image(model, batch["prompt_ids"], batch["prompt_mask"])
+        ids, mask = _with_image(
+            model, batch["prompt_ids"], batch["prompt_mask"], batch["has_image"]
+        )
         ids, mask = _padded_in_front(ids, mask)
         prompt = model(
             input_ids=ids,
             attention_mask=mask,
-            pixel_values=batch["pixel_values"],
+            pixel_values=_given(batch["pixel_values"]),
             logits_to_keep=1,
             use_cache=True,
         )
@@ -163,25 +199,28 @@ class InstructTask:
         )
         return right.float(), losses.sum(dim=1) / known.sum(dim=1)
 
-    def _images(self, split: str, indexes: Sequence[int]) -> Tensor:
-        return self._pixels[[self.conversations[split][index].image for index in indexes]]
+    def _images(self, told: Sequence[AnyConversation]) -> Tensor:
+        """Returns the images of the conversations that have one."""
+        found = [one.image for one in told if one.image is not None]
+        return self._pixels(found) if found else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
 
-    def _batch(self, split: str, indexes: Sequence[int], pixels: Tensor) -> Batch:
-        spelled = [self._spell(self.conversations[split][index]) for index in indexes]
+    def _batch(self, told: Sequence[AnyConversation], pixels: Tensor, step: int | None) -> Batch:
+        spelled = [self._spell(one) for one in told]
         whole = [[*prompt, *answer] for prompt, _, answer in spelled]
         labels = [[*labels, *answer] for _, labels, answer in spelled]
         prompts = [prompt for prompt, _, _ in spelled]
         return {
-            "pixel_values": normalize(pixels),
             "input_ids": pad(whole, self._pad_id),
             "attention_mask": pad_mask(whole),
             "labels": pad(labels, _IGNORED),
             "prompt_ids": pad(prompts, self._pad_id),
             "prompt_mask": pad_mask(prompts),
             "answer_ids": pad([answer for _, _, answer in spelled], _IGNORED),
+            "has_image": torch.tensor([one.image is not None for one in told]),
+            "pixel_values": normalize(pixels),  # of those that have one
         }
 
-    def _spell(self, conversation: Conversation) -> tuple[list[int], list[int], list[int]]:
+    def _spell(self, conversation: AnyConversation) -> tuple[list[int], list[int], list[int]]:
         """Ids of the prompt, its labels, and ids of the last answer."""
         prompt, labels = [int(self._tokenizer.bos_token_id)], [_IGNORED]
         *history, (last, answer) = conversation.turns
@@ -197,16 +236,27 @@ class InstructTask:
         return [*ids, int(self._tokenizer.sep_token_id)]
 
 
-def _with_image(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Puts the image's tokens behind the first token of ids and mask, ``(B, N)`` each."""
-    count = model.config.image_seq_length
-    ids = _behind_first(ids, count, model.config.image_token_id)
-    return ids, _behind_first(mask, count, 1)
+def _given(pixels: Tensor) -> Tensor | None:
+    return pixels if len(pixels) else None
 
 
-def _behind_first(rows: Tensor, count: int, value: int) -> Tensor:
-    inserted = rows.new_full((rows.shape[0], count), value)
-    return torch.cat([rows[:, :1], inserted, rows[:, 1:]], dim=1)
+def _with_image(model: Any, ids: Tensor, mask: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
+    """Puts the image's tokens behind the first token of ids and mask, ``(B, N)`` each.
+
+    Rows without an image, ``shown`` being false, are padded behind instead.
+    """
+    count, token, padding = model.config.image_seq_length, model.config.image_token_id, 0
+    if not bool(shown.any()):
+        return ids, mask
+    ids = _behind_first(ids, count, token, shown, padding)
+    return ids, _behind_first(mask, count, 1, shown, 0)
+
+
+def _behind_first(rows: Tensor, count: int, value: int, shown: Tensor, padding: int) -> Tensor:
+    block = rows.new_full((rows.shape[0], count), value)
+    inserted = torch.cat([rows[:, :1], block, rows[:, 1:]], dim=1)
+    padded = torch.cat([rows, torch.full_like(block, padding)], dim=1)
+    return torch.where(shown[:, None], inserted, padded)
 
 
 def _padded_in_front(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,5 +28,5 @@ def test_a_missing_file_is_named(tokenizer: Any, tmp_path: Path) -> None:
 def test_a_file_of_another_data_set_is_named(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "toy.parquet"
     write_rows(path, [Row(id="1", split="train")], metadata={"name": "toy"})
-    with pytest.raises(ValueError, match=r"toy\.parquet is not an OpenMoji data set"):
+    with pytest.raises(ValueError, match=r"toy\.parquet holds rows of no kind, which task 'vqa'"):
         build_task("vqa", tokenizer=tokenizer, image_size=64, data=path)
