@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from pyarrow import fs
 
@@ -54,7 +54,7 @@ _REMOTE = (
     (
         "NETWORK_CONNECTION|resolve host|curlCode|resolving region|imed out|UNAVAILABLE",
         "the store cannot be reached",
-        "check the network and AWS_ENDPOINT_URL",
+        "check the network and the store's address (AWS_ENDPOINT_URL for S3)",
     ),
     ("libjvm|libhdfs", "Hadoop's client is not installed", "install it and set HADOOP_HOME"),
 )
@@ -105,7 +105,7 @@ def absolute(location: str | Path) -> str:
         return str(_local_path(location).resolve())
     text = str(location)
     parts = urlsplit(text)
-    if "@" in parts.netloc:
+    if _has_secret(parts):
         hidden = f"{parts.scheme}://***@{parts.netloc.rpartition('@')[2]}{parts.path}"
         raise ValueError(
             f"a storage URI must not hold a key or a password, but got {hidden!r}; put it into "
@@ -123,17 +123,31 @@ def absolute(location: str | Path) -> str:
     return join(text)
 
 
+def _has_secret(parts: SplitResult) -> bool:
+    """Tells whether a URI holds a key: before the host, or as an option."""
+    user, at, _ = parts.netloc.rpartition("@")
+    is_container = parts.scheme in ("abfs", "abfss") and ":" not in user
+    names = [option.partition("=")[0] for option in parts.query.split("&")]
+    return bool(at and not is_container) or any(map(_SECRET_OPTION.search, names))
+
+
+_SECRET_OPTION = re.compile("key|secret|token|password|sas|signature", re.I)
 SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss", "mock")
 
 
 @functools.lru_cache(maxsize=16)
-def _filesystem(prefix: str, options: str) -> Any:
-    """Opens a file system once per process: S3 looks up where a bucket is each time."""
+def _filesystem(prefix: str, options: str) -> tuple[Any, str]:
+    """Opens a file system once per process: S3 looks up where a bucket is each time.
+
+    Returns:
+        The file system, and the path of the bucket or container in it.
+    """
     is_google = prefix.startswith(("gs://", "gcs://"))
     if is_google and "retry_limit_seconds" not in options:
         options += "&" if options else ""
-        options += "retry_limit_seconds=30"  # the default waits fifteen minutes
-    return fs.FileSystem.from_uri(prefix + ("?" + options if options else ""))[0]
+        options += "retry_limit_seconds=15"  # the default waits fifteen minutes
+    found: tuple[Any, str] = fs.FileSystem.from_uri(prefix + ("?" + options if options else ""))
+    return found
 
 
 class Storage:
@@ -163,11 +177,10 @@ class Storage:
             self.location = absolute(location)
             parts = urlsplit(self.location)
             try:
-                self._fs = _filesystem(f"{parts.scheme}://{parts.netloc}", parts.query)
+                self._fs, base = _filesystem(f"{parts.scheme}://{parts.netloc}", parts.query)
             except (OSError, ValueError, NotImplementedError) as error:
                 raise StorageError(f"cannot open {self.location}: {_told(error)}") from error
-            in_bucket = parts.scheme not in ("hdfs", "viewfs")
-            self._path = (parts.netloc if in_bucket else "") + parts.path.rstrip("/")
+            self._path = base.rstrip("/") + parts.path.rstrip("/")
         if self._fs is None:
             self.local = _local_path(location).absolute()
             self.location = str(self.local)

@@ -129,10 +129,25 @@ def test_a_store_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch
         _filesystem.cache_clear()
 
 
-def test_a_key_in_a_uri_is_refused_and_not_repeated() -> None:
-    with pytest.raises(ValueError, match=r"must not hold a key.*s3://\*\*\*@bucket/a") as caught:
-        Storage("s3://AKIA:hunter2@bucket/a")
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://AKIA:hunter2@bucket/a",
+        "s3://bucket/a?secret_key=hunter2",
+        "abfs://container:hunter2@me.dfs.core.windows.net/a",
+        "abfs://container@me.dfs.core.windows.net/a?sas_token=hunter2",
+    ],
+)
+def test_a_key_in_a_uri_is_refused_and_not_repeated(uri: str) -> None:
+    with pytest.raises(ValueError, match=r"must not hold a key.*AWS_SECRET_ACCESS_KEY") as caught:
+        Storage(uri)
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_container_before_the_account_is_no_key() -> None:
+    uri = "abfs://container@me.dfs.core.windows.net/a"
+    assert absolute(uri) == uri
+    assert Storage(uri)._inside("x") == "container/a/x"
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket/../other", "s3:///x", "gopher://x/y"])
