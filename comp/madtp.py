@@ -72,7 +72,8 @@ class Alignment(nn.Module):
 
     def logits(self, mapped: Tensor) -> Tensor:
         """Products of mapped rows with the table, over the root of its width, ``(B, N, T)``."""
-        return mapped @ self.table.T.to(mapped.dtype) / self.width**0.5
+        products: Tensor = mapped @ self.table.T.to(mapped.dtype) / self.width**0.5
+        return products
 
     def macs(self, tokens: int, stream: Stream) -> int:
         """Multiply-adds that scoring ``tokens`` rows costs."""

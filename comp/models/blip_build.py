@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BlipConfig, BlipForQuestionAnswering, PreTrainedTokenizerFast
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForQuestionAnswering,
+    PreTrainedTokenizerFast,
+)
 
 from comp.checkpoint import load_pruned
 from comp.models.blip_nlvr import BlipForNLVR
@@ -79,7 +84,7 @@ def build_blip(
     """Builds a dense model for a task.
 
     Args:
-        task: ``"vqa"`` or ``"nlvr2"``.
+        task: ``"vqa"``, ``"nlvr2"`` or ``"captioning"``.
         shape: Its sizes.
         tokenizer: Gives vocabulary and special tokens.
         seed: Seed of fresh weights.
@@ -92,8 +97,14 @@ def build_blip(
     config = blip_config(shape, tokenizer)
     if task == "vqa":
         return BlipForQuestionAnswering(config)
+    if task == "captioning":
+        text: Any = config.text_config
+        text.label_smoothing = 0.1
+        return BlipForConditionalGeneration(config)
     if task != "nlvr2":
-        raise ValueError(f"task must be vqa or nlvr2 for a small BLIP, but got {task!r}")
+        raise ValueError(
+            f"task must be vqa, nlvr2 or captioning for a small BLIP, but got {task!r}"
+        )
     model = BlipForNLVR(config)
     return model if init is None else duplicate_cross_attention_(model, load_pruned(init))
 

@@ -12,6 +12,7 @@ from comp.data.layout import DataSet
 from comp.data.openmoji import OpenMoji, load_openmoji
 from comp.tasks.base import Task
 from comp.tasks.batching import Images, Streamed
+from comp.tasks.captioning import CaptionedImage, CaptioningTask, stored_captions
 from comp.tasks.instruct import InstructTask, make_conversations, stored_conversation
 from comp.tasks.names import TASKS, check_kind
 from comp.tasks.nlvr import NlvrTask, stored_statement
@@ -26,6 +27,7 @@ _NUM_SAMPLES = {
     "vqa": {"train": 30_000, "val": 3_000, "test": 3_000},
     "nlvr2": {"train": 40_000, "val": 3_000, "test": 3_000},
     "retrieval": {"train": 20_000, "val": 1_000, "test": 1_000},
+    "captioning": {"train": 20_000, "val": 1_000, "test": 1_000},
     "instruct": {"train": 30_000, "val": 3_000, "test": 3_000},  # questions
 }
 
@@ -77,6 +79,8 @@ def build_task(
         return _vqa(openmoji, tokenizer, numbers, augment=augment, seed=seed)
     if name == "retrieval":
         return _retrieval(openmoji, tokenizer, numbers, augment=augment, seed=seed)
+    if name == "captioning":
+        return _captioning(openmoji, tokenizer, numbers, augment=augment, seed=seed)
     if name == "instruct":
         return _instruct(openmoji, tokenizer, numbers, augment=augment, seed=seed)
     return _nlvr(openmoji, tokenizer, numbers, augment=augment, seed=seed)
@@ -104,6 +108,10 @@ def _stored(
 
     if name == "nlvr2":
         return NlvrTask(streams(stored_statement), images, tokenizer, augment=augment)
+    if name == "captioning":
+        return CaptioningTask(
+            streams(stored_captions), images, tokenizer, prompt="a picture of", augment=augment
+        )
     if name == "instruct":
         return InstructTask(
             streams(stored_conversation), images, tokenizer, augment=augment, flip=False
@@ -163,6 +171,28 @@ def _retrieval(
 
     captions = {split: [scene.captions for scene in made] for split, made in scenes.items()}
     return RetrievalTask(captions, images, tokenizer, augment=augment)
+
+
+def _captioning(
+    openmoji: OpenMoji,
+    tokenizer: TextTokenizer,
+    numbers: dict[str, int],
+    *,
+    augment: bool,
+    seed: int,
+) -> CaptioningTask:
+    samples = {
+        split: [
+            CaptionedImage(scene, scene.captions)
+            for scene in make_scenes(openmoji.drawings, split, num_scenes=number, seed=seed)
+        ]
+        for split, number in numbers.items()
+    }
+
+    def images(scenes: Sequence[Any]) -> Tensor:
+        return render_scenes(scenes, openmoji.pixels)
+
+    return CaptioningTask(samples, images, tokenizer, augment=augment)
 
 
 def _instruct(

@@ -2,9 +2,14 @@
 
 from pathlib import Path
 
-TASKS = ("vqa", "nlvr2", "retrieval", "instruct")
+TASKS = ("vqa", "nlvr2", "retrieval", "captioning", "instruct")
 
-KIND_OF_ROWS = {"vqa": "questions", "nlvr2": "statements", "instruct": "conversations"}
+KIND_OF_ROWS = {
+    "vqa": "questions",
+    "nlvr2": "statements",
+    "captioning": "captions",
+    "instruct": "conversations",
+}
 """What an imported data set must hold for a task; ``drawings`` serve all of them."""
 
 
