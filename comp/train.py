@@ -70,6 +70,7 @@ RECIPES: dict[str, Recipe] = {
         init="blip-tiny-vqa",
         align_steps=1500,
     ),
+    "blip-tiny-captioning": Recipe(task="captioning", steps=3000),
     "clip-tiny-retrieval": Recipe(task="retrieval", steps=4000, batch_size=128),
 }
 
