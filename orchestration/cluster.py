@@ -7,7 +7,9 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -263,12 +265,12 @@ def _remove_orphans(place: Path) -> None:
 class HeadWatch:
     """Notices that the head node is gone before Ray does, which then ends the process.
 
-    Ray tries for a minute to reach its head again and then exits without a word to anybody's
-    handlers.
+    Ray tries for a minute to reach its head again, in which any call may stand still, and then
+    exits without a word to anybody's handlers.
     """
 
-    def __init__(self, *, patience: float = 5.0, interval: float = 1.0) -> None:
-        """Finds the head of the cluster that this process is connected to.
+    def __init__(self, *, patience: float = 5.0, interval: float = 0.5) -> None:
+        """Watches the head of the cluster that this process is connected to.
 
         Args:
             patience: Seconds without an answer after which it counts as gone.
@@ -277,36 +279,58 @@ class HeadWatch:
         self.address = str(ray.get_runtime_context().gcs_address)
         self._patience, self._interval = patience, interval
         self._place = _host_and_port(self.address)
-        if not self._answers():  # reached through Ray's client, say: then there is no telling
-            self._place = None
-        self._last_answer = self._last_look = time.monotonic()
+        self._silent_since: float | None = None
+        self._stopped = threading.Event()
+        if self._answers():  # else it is reached through Ray's client, say, and cannot be watched
+            threading.Thread(target=self._watch, name="head", daemon=True).start()
 
     def _answers(self) -> bool:
         if self._place is None:
-            return True
+            return False
         try:
             socket.create_connection(self._place, timeout=1.0).close()
         except OSError:
             return False
         return True
 
+    def _watch(self) -> None:
+        while not self._stopped.wait(self._interval):
+            if self._answers():
+                self._silent_since = None
+                continue
+            now = time.monotonic()
+            self._silent_since = self._silent_since or now
+            if now - self._silent_since > 2 * self._patience:
+                # The main thread stands still in one of Ray's calls, and Ray is about to exit.
+                print(f"comp: {self._sentence()}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the head has been silent for longer than ``patience``."""
+        since = self._silent_since
+        return since is not None and time.monotonic() - since > self._patience
+
     def check(self) -> None:
-        """Looks, if it is time.
+        """Returns while the head answers; waits for it as long as ``patience`` otherwise.
 
         Raises:
-            HeadLost: If there was no answer for longer than ``patience``.
+            HeadLost: If it does not answer again.
         """
-        now = time.monotonic()
-        if now - self._last_look < self._interval:
-            return
-        self._last_look = now
-        if self._answers():
-            self._last_answer = now
-        elif now - self._last_answer > self._patience:
-            raise HeadLost(
-                f"the head node of the Ray cluster at {self.address} is gone; start it again and "
-                "give the same command, which goes on after the last finished stages"
-            )
+        while self._silent_since is not None:
+            if self.is_lost:
+                raise HeadLost(self._sentence())
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """Ends the watch."""
+        self._stopped.set()
+
+    def _sentence(self) -> str:
+        return (
+            f"the head node of the Ray cluster at {self.address} is gone; start it again and give "
+            "the same command, which goes on after the last finished stages"
+        )
 
 
 def _short_temporary_directory() -> str:

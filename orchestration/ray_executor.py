@@ -22,7 +22,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from orchestration import worker
-from orchestration.cluster import ClusterError, check_fits, describe_room, hold_study
+from orchestration.cluster import ClusterError, HeadWatch, check_fits, describe_room, hold_study
 from orchestration.executor import (
     Event,
     Handle,
@@ -151,6 +151,7 @@ class RayExecutor:
         self._last_progress = time.monotonic()
         self._next_start = 0.0
         self._actor_class = self._options(PrunerActor)
+        self._head = HeadWatch()
         check_fits(self._resources)
 
     def _options(self, actor: type[PrunerActor]) -> Any:
@@ -206,7 +207,9 @@ class RayExecutor:
 
         Raises:
             ClusterError: If no worker can be started.
+            HeadLost: If the cluster's head node is gone.
         """
+        self._head.check()
         self._drop_silent()
         self._top_up()
         self._dispatch()
@@ -389,7 +392,8 @@ class RayExecutor:
     def close(self) -> None:
         """Ends every actor; unfinished jobs stay resumable."""
         slots = [*self._starting.values(), *self._idle, *self._busy.values()]
-        if ray.is_initialized():
+        self._head.stop()
+        if ray.is_initialized() and not self._head.is_lost:
             for slot in slots:
                 _kill(slot)
         for collection in (self._starting, self._idle, self._busy, self._pending, self._losses):

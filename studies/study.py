@@ -7,7 +7,6 @@ because such trials bias the sampler and their work is on disk.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import optuna
