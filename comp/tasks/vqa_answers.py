@@ -104,7 +104,11 @@ _CONTRACTIONS = [
 _FULL = {
     spelled: right
     for right in _CONTRACTIONS
-    for spelled in (right.replace("'", ""), right.replace("'", "", 1))
+    for spelled in (
+        right.replace("'", ""),
+        right.replace("'", "", 1),
+        right[::-1].replace("'", "", 1)[::-1],
+    )
     if spelled != right
 }
 _PERIOD = re.compile(r"(?<!\d)\.|\.(?!\d)")

@@ -1,3 +1,5 @@
+import itertools
+import pickle
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -7,7 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from comp.data.layout import EncodedImage, Row, read_metadata, read_rows, write_rows
+from comp.data.layout import (
+    FILE_NAME,
+    DataSet,
+    EncodedImage,
+    Row,
+    epoch_order,
+    read_metadata,
+    read_rows,
+    write_rows,
+)
 
 FACTS = {"name": "toy", "license": "CC0"}
 
@@ -137,3 +148,68 @@ def test_a_path_that_climbs_out_of_the_root_is_refused(tmp_path: Path) -> None:
 def test_a_path_needs_an_image_root() -> None:
     with pytest.raises(ValueError, match=r"'a/b\.png' has no bytes; pass the image root"):
         EncodedImage(path="a/b.png").read()
+
+
+def blocks_of(path: Path, count: int = 40, size: int = 4) -> DataSet:
+    write_rows(
+        path,
+        (row(i, "val" if i % 10 == 9 else "train") for i in range(count)),
+        metadata={**FACTS, "kind": "questions"},
+        rows_per_group=size,
+    )
+    return DataSet(path)
+
+
+def test_rows_are_fetched_by_number_in_the_order_asked_for(tmp_path: Path) -> None:
+    splits = blocks_of(tmp_path / "toy.parquet").splits
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 36, "val": 4}
+    assert [one.id for one in splits["train"].fetch([35, 0, 9, 0])] == [
+        "row-38",
+        "row-0",
+        "row-10",
+        "row-0",
+    ]
+    assert splits["val"].fetch([3]) == [row(39, "val")]
+
+
+def test_a_directory_stands_for_the_file_in_it(tmp_path: Path) -> None:
+    blocks_of(tmp_path / FILE_NAME)
+    assert DataSet(tmp_path).kind == "questions"
+
+
+def test_a_reader_keeps_a_few_row_groups_however_many_there_are(tmp_path: Path) -> None:
+    rows = blocks_of(tmp_path / "toy.parquet", count=400).splits["train"]
+    before = pa.total_allocated_bytes()
+    rows.fetch(range(40))
+    few = pa.total_allocated_bytes() - before
+    rows.fetch(range(360))
+    assert pa.total_allocated_bytes() - before <= 1.5 * few
+
+
+def test_rows_of_one_set_are_read_in_another_process(tmp_path: Path) -> None:
+    rows = blocks_of(tmp_path / "toy.parquet").splits["train"]
+    rows.fetch([0])
+    assert pickle.loads(pickle.dumps(rows)).fetch([5]) == rows.fetch([5])
+
+
+def test_an_epoch_holds_every_row_once_and_few_row_groups_at_a_time() -> None:
+    order = epoch_order([10] * 30, seed=0, epoch=0, window=4)
+    assert sorted(order.tolist()) == list(range(300))
+    windows = [set((order[i : i + 40] // 10).tolist()) for i in range(0, 300, 40)]
+    assert all(len(groups) <= 4 for groups in windows)
+    assert order[:40].tolist() != sorted(order[:40].tolist())
+
+
+def test_rows_of_distant_row_groups_meet_and_epochs_differ() -> None:
+    first, again, other = (
+        epoch_order([10] * 30, seed=0, epoch=epoch, window=4).tolist() for epoch in (0, 0, 1)
+    )
+    assert first == again != other
+    assert max(abs(a - b) for a, b in itertools.pairwise(first[:40])) > 40
+
+
+def test_large_images_close_a_row_group(tmp_path: Path) -> None:
+    path = tmp_path / "toy.parquet"
+    big = EncodedImage(data=bytes(9 << 20))
+    write_rows(path, [Row(str(i), "train", [big]) for i in range(3)], metadata=FACTS)
+    assert DataSet(path).splits["train"].blocks == (2, 1)

@@ -60,3 +60,19 @@ def test_jitter_with_flip_mirrors_some() -> None:
 def test_no_jitter_is_the_identity() -> None:
     same = jitter(picture(), seed=0, step=0, flip=False, shift=0.0, scale=0.0)
     torch.testing.assert_close(same, picture().float(), atol=1e-3, rtol=0)
+
+
+def test_workers_together_yield_what_one_yields() -> None:
+    alone = [batch for _, batch in islice(training_order([4] * 20, batch_size=4, seed=0), 6)]
+    shards = [
+        [batch for _, batch in islice(found, 2)]
+        for found in (
+            training_order([4] * 20, batch_size=4, seed=0, shard=(rank, 3)) for rank in range(3)
+        )
+    ]
+    assert [shards[step % 3][step // 3] for step in range(6)] == alone
+
+
+def test_a_shard_out_of_bounds_is_named() -> None:
+    with pytest.raises(ValueError, match=r"rank in \[0, 2\), got 2"):
+        next(training_order(10, batch_size=4, seed=0, shard=(2, 2)))

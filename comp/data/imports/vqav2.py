@@ -26,7 +26,8 @@ def read(sources: Sequence[Path], *, holdout: float) -> list[Draft]:
     Raises:
         ValueError: If a file is not of this format, or questions and annotations do not match.
     """
-    questions, answers = {}, {}
+    questions: dict[str, tuple[Path, list[Any]]] = {}
+    answers: dict[str, tuple[Path, list[Any]]] = {}
     for path in sources:
         content = read_json(path)
         is_answers = isinstance(content, dict) and "annotations" in content
