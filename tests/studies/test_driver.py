@@ -260,10 +260,10 @@ def test_a_full_disk_stops_the_study_and_fails_no_trial(
 
     spec, write = make_spec(tmp_path, "n_trials=2"), Storage.write
 
-    def fill_up(self: Storage, name: str, data: bytes) -> None:
+    def fill_up(self: Storage, name: str, data: bytes, *, durable: bool = True) -> None:
         if "s-0001" in self.location and name.startswith("records/00002"):
             raise StorageError("no space left on device; free some space there")
-        write(self, name, data)
+        write(self, name, data, durable=durable)
 
     with monkeypatch.context() as patch:
         patch.setattr(Storage, "write", fill_up)
