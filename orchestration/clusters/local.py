@@ -31,7 +31,7 @@ from orchestration.job import check_name
 LOOPBACK = "127.0.0.1"
 MARK = "COMP_CLUSTER"
 # Ray starts its workers on ports 10002 to 19999, so these stay out of that range.
-GCS_PORT, DASHBOARD_PORT, CLIENT_PORT = 6379, 8265, 10001
+GCS_PORT, DASHBOARD_PORT, CLIENT_PORT, AGENT_PORT = 6379, 8265, 10001, 52365
 START_SECONDS = 90.0
 STOP_SECONDS = 10.0  # to end by itself; what is left then is killed
 
@@ -162,6 +162,9 @@ def start(
         *(f"--node-ip-address={running.host}", f"--port={gcs}"),
         *(f"--dashboard-host={bind}", f"--dashboard-port={dashboard}"),
         *(f"--ray-client-server-port={client}", f"--temp-dir={scratch}/ray"),
+        # Without this port there are no jobs, and the first Ray on a machine, be it the own one of
+        # a study, takes the usual one.
+        f"--dashboard-agent-listen-port={_port(None, AGENT_PORT, 1)}",
         *("--disable-usage-stats", "--include-dashboard=true"),
         *([] if num_cpus is None else [f"--num-cpus={num_cpus}"]),
         *([] if num_gpus is None else [f"--num-gpus={num_gpus}"]),

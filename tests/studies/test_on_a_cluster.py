@@ -15,7 +15,16 @@ import psutil
 import pytest
 
 from orchestration.cluster import ClusterError
-from orchestration.clusters.local import MARK, Running, _processes, find, start, stop
+from orchestration.clusters.local import (
+    AGENT_PORT,
+    LOOPBACK,
+    MARK,
+    Running,
+    _processes,
+    find,
+    start,
+    stop,
+)
 from orchestration.ray_jobs import RayJobs
 from orchestration.store import read_run
 from studies.cli_cluster import exposed
@@ -62,8 +71,13 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def head(state: Path) -> Iterator[Running]:
-    running = start("test", num_cpus=2, num_gpus=0)
-    yield running
+    """A cluster beside another Ray, which has the usual port of the agent that starts jobs."""
+    with socket.socket() as other:
+        with contextlib.suppress(OSError):  # another Ray has it really
+            other.bind((LOOPBACK, AGENT_PORT))
+            other.listen()
+        running = start("test", num_cpus=2, num_gpus=0)
+        yield running
     if find("test"):
         stop("test")
 
