@@ -3,11 +3,14 @@
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +201,11 @@ def test_ctrl_c_detaches_and_a_second_one_stops_the_job(head: Running, tmp_path:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A suite that runs in the background hands down that Ctrl-C is ignored.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
+    watchdog = threading.Timer(120, process.kill)
+    watchdog.start()
     assert process.stdout is not None
     assert process.stderr is not None
     for line in process.stdout:
@@ -216,6 +223,7 @@ def test_ctrl_c_detaches_and_a_second_one_stops_the_job(head: Running, tmp_path:
     assert state.status == "RUNNING"
     process.send_signal(2)
     assert process.wait(timeout=30) == 130
+    watchdog.cancel()
     deadline = time.monotonic() + 30
     while not jobs.state(state.job).has_ended and time.monotonic() < deadline:
         time.sleep(0.1)
