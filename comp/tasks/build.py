@@ -12,7 +12,8 @@ from comp.data.layout import DataSet
 from comp.data.openmoji import OpenMoji, load_openmoji
 from comp.tasks.base import Task
 from comp.tasks.batching import Images, Streamed
-from comp.tasks.captioning import CaptionedImage, CaptioningTask, stored_captions
+from comp.tasks.captioning import CaptioningTask
+from comp.tasks.captions import CaptionedImage, stored_captions
 from comp.tasks.instruct import InstructTask, make_conversations, stored_conversation
 from comp.tasks.names import TASKS, check_kind
 from comp.tasks.nlvr import NlvrTask, stored_statement
@@ -78,9 +79,9 @@ def build_task(
     if name == "vqa":
         return _vqa(openmoji, tokenizer, numbers, augment=augment, seed=seed)
     if name == "retrieval":
-        return _retrieval(openmoji, tokenizer, numbers, augment=augment, seed=seed)
+        return RetrievalTask(*_scenes(openmoji, numbers, seed), tokenizer, augment=augment)
     if name == "captioning":
-        return _captioning(openmoji, tokenizer, numbers, augment=augment, seed=seed)
+        return CaptioningTask(*_scenes(openmoji, numbers, seed), tokenizer, augment=augment)
     if name == "instruct":
         return _instruct(openmoji, tokenizer, numbers, augment=augment, seed=seed)
     return _nlvr(openmoji, tokenizer, numbers, augment=augment, seed=seed)
@@ -108,6 +109,8 @@ def _stored(
 
     if name == "nlvr2":
         return NlvrTask(streams(stored_statement), images, tokenizer, augment=augment)
+    if name == "retrieval":
+        return RetrievalTask(streams(stored_captions), images, tokenizer, augment=augment)
     if name == "captioning":
         return CaptioningTask(
             streams(stored_captions), images, tokenizer, prompt="a picture of", augment=augment
@@ -153,34 +156,10 @@ def _nlvr(
     return NlvrTask(statements, openmoji.pixels, tokenizer, augment=augment)
 
 
-def _retrieval(
-    openmoji: OpenMoji,
-    tokenizer: TextTokenizer,
-    numbers: dict[str, int],
-    *,
-    augment: bool,
-    seed: int,
-) -> RetrievalTask:
-    scenes = {
-        split: make_scenes(openmoji.drawings, split, num_scenes=number, seed=seed)
-        for split, number in numbers.items()
-    }
-
-    def images(split: str, indexes: Sequence[int]) -> Tensor:
-        return render_scenes([scenes[split][index] for index in indexes], openmoji.pixels)
-
-    captions = {split: [scene.captions for scene in made] for split, made in scenes.items()}
-    return RetrievalTask(captions, images, tokenizer, augment=augment)
-
-
-def _captioning(
-    openmoji: OpenMoji,
-    tokenizer: TextTokenizer,
-    numbers: dict[str, int],
-    *,
-    augment: bool,
-    seed: int,
-) -> CaptioningTask:
+def _scenes(
+    openmoji: OpenMoji, numbers: dict[str, int], seed: int
+) -> tuple[dict[str, list[CaptionedImage]], Callable[[Sequence[Any]], Tensor]]:
+    """Scenes as captioned images, and what draws them."""
     samples = {
         split: [
             CaptionedImage(scene, scene.captions)
@@ -192,7 +171,7 @@ def _captioning(
     def images(scenes: Sequence[Any]) -> Tensor:
         return render_scenes(scenes, openmoji.pixels)
 
-    return CaptioningTask(samples, images, tokenizer, augment=augment)
+    return samples, images
 
 
 def _instruct(

@@ -6,44 +6,23 @@ does not depend on what a model happens to say; generating is not metered.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from comp.blocks import unmetered
 from comp.data.images import normalize
-from comp.data.layout import EncodedImage, Row
 from comp.metrics import cider
 from comp.tasks.base import Batch
 from comp.tasks.batching import Streamed, ordered_batches, sample_splits, shuffled_batches
+from comp.tasks.captions import MAX_CAPTIONS, CaptionedImage, drawn_captions
 from comp.tasks.text import TextTokenizer, pad, pad_mask
 
 _IGNORED = -100  # what the loss leaves out
 MAX_REFERENCE = 64
 """Tokens of a reference that the metric reads."""
-
-
-@dataclass(frozen=True)
-class CaptionedImage:
-    """An image with what was said about it.
-
-    Attributes:
-        image: Whatever the task's ``images`` takes.
-        captions: The references, at least one.
-    """
-
-    image: Any
-    captions: tuple[str, ...]
-
-
-def stored_captions(row: Row) -> CaptionedImage:
-    """Makes a sample of a row of kind ``captions``."""
-    image: EncodedImage = row.images[0]
-    return CaptionedImage(image, tuple(row.texts))
 
 
 class CaptioningTask:
@@ -91,8 +70,7 @@ class CaptioningTask:
         """Yields shuffled training batches without end, one caption an image; see ``Task``."""
 
         def collate(chosen: Sequence[CaptionedImage], pixels: Tensor, step: int) -> Batch:
-            draw = np.random.default_rng((seed, step, 2)).random(len(chosen)).tolist()
-            return self._batch(chosen, pixels, draw)
+            return self._batch(chosen, pixels, drawn_captions(chosen, seed=seed, step=step))
 
         yield from shuffled_batches(
             self._splits["train"],
@@ -111,7 +89,7 @@ class CaptioningTask:
         """Yields a split once in a fixed order; the first reference is the one to predict."""
 
         def collate(chosen: Sequence[CaptionedImage], pixels: Tensor, step: None) -> Batch:
-            return self._batch(chosen, pixels, [0.0] * len(chosen))
+            return self._batch(chosen, pixels, [one.captions[0] for one in chosen])
 
         yield from ordered_batches(
             self._splits,
@@ -215,11 +193,8 @@ class CaptioningTask:
         return self._images([one.image for one in chosen])
 
     def _batch(
-        self, chosen: Sequence[CaptionedImage], pixels: Tensor, draw: Sequence[float]
+        self, chosen: Sequence[CaptionedImage], pixels: Tensor, told: Sequence[str]
     ) -> Batch:
-        told = [
-            one.captions[int(d * len(one.captions))] for one, d in zip(chosen, draw, strict=True)
-        ]
         end = int(self._tokenizer.sep_token_id)
         ids = [[*self._start, *self._spell(text), end] for text in told]
         labels = [[_IGNORED] * len(self._start) + one[len(self._start) :] for one in ids]
@@ -232,14 +207,13 @@ class CaptioningTask:
         }
 
     def _references(self, chosen: Sequence[CaptionedImage]) -> Tensor:
-        """Tokens of all references, ``(B, 8, MAX_REFERENCE)``, padded with -100.
+        """Tokens of all references, ``(B, MAX_CAPTIONS, MAX_REFERENCE)``, padded with -100.
 
-        The size is fixed so that the batches of a split fit together; of more than eight
-        references (COCO has five to seven) the first eight count.
+        The size is fixed so that the batches of a split fit together.
         """
-        table = torch.full((len(chosen), 8, MAX_REFERENCE), _IGNORED)
+        table = torch.full((len(chosen), MAX_CAPTIONS, MAX_REFERENCE), _IGNORED)
         for row, one in enumerate(chosen):
-            for column, text in enumerate(one.captions[:8]):
+            for column, text in enumerate(one.captions[:MAX_CAPTIONS]):
                 ids = self._spell(text)[:MAX_REFERENCE]
                 table[row, column, : len(ids)] = torch.tensor(ids)
         return table

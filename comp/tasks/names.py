@@ -7,6 +7,7 @@ TASKS = ("vqa", "nlvr2", "retrieval", "captioning", "instruct")
 KIND_OF_ROWS = {
     "vqa": "questions",
     "nlvr2": "statements",
+    "retrieval": "captions",
     "captioning": "captions",
     "instruct": "conversations",
 }

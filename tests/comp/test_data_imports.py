@@ -5,112 +5,25 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from comp.data.imports import ImportReport, import_data
 from comp.data.layout import DataSet
 from comp.evaluation import evaluate
 from comp.models import attach
+from comp.models.blip_build import BlipShape, build_blip
+from comp.models.clip_build import build_clip
 from comp.models.tokenizer import as_pretrained
 from comp.tasks import build_task
 from comp.tasks.text import tokenizer_from_texts
 from tests.comp.test_tasks_instruct import tiny_model as tiny_llava
 from tests.comp.test_tasks_nlvr import tiny_model as tiny_nlvr
 from tests.comp.test_tasks_vqa import tiny_model as tiny_vqa
+from tests.official_layouts import SENTENCE, WRITERS, karpathy, llava, nlvr2, picture, vqav2
 
-SENTENCE = "Γάτα γάτα 猫 🐈 is left of the dog."
-
-
-def picture(path: Path, shade: int, mode: str = "RGB") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((20, 30, 3), shade, dtype=np.uint8)).convert(mode).save(path)
-
-
-def nlvr2(folder: Path, *, flat: bool = True) -> list[Path]:
-    """Six training pairs, four for validation, two for the test; a third of them are false."""
-    files = []
-    for split, count in (("train", 6), ("dev", 4), ("test1", 2)):
-        lines = []
-        for number in range(count):
-            name = f"{split}-{number}-0"
-            for side in (0, 1):
-                home = folder if flat else folder / split / str(number % 2)
-                picture(home / f"{name}-img{side}.png", 40 * number + side)
-            entry = {"identifier": f"{name}-1", "sentence": SENTENCE, "directory": number % 2}
-            lines.append(json.dumps({**entry, "label": "False" if number % 3 == 0 else "True"}))
-        files.append(folder / f"{split}.json")
-        files[-1].write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return files
-
-
-def karpathy(folder: Path) -> list[Path]:
-    splits = ["train"] * 4 + ["restval"] * 2 + ["val"] * 3 + ["test"] * 3
-    images = []
-    for number, split in enumerate(splits):
-        picture(folder / "val2014" / f"COCO_{number}.jpg", 20 * number)
-        told = [{"raw": f"{SENTENCE} {number} {i}"} for i in range(5)]
-        entry = {"filepath": "val2014", "filename": f"COCO_{number}.jpg", "cocoid": number}
-        images.append({**entry, "split": split, "sentences": told})
-    path = folder / "dataset_coco.json"
-    path.write_text(json.dumps({"images": images}), encoding="utf-8")
-    return [path]
-
-
-def vqav2(folder: Path) -> list[Path]:
-    """Forty training questions about twenty images, four with answers, four without."""
-    files = []
-    for subset, count, first in (
-        ("train2014", 40, 1000),
-        ("val2014", 4, 4000),
-        ("test2015", 4, 8000),
-    ):
-        questions, annotations = [], []
-        for number in range(count):
-            image = number // 2
-            picture(folder / subset / f"COCO_{subset}_{image:012d}.jpg", 10 * image)
-            ids = {"image_id": image, "question_id": first + number}
-            questions.append({**ids, "question": "is this a γάτα?"})
-            # Of val2014: yes by 10, 3, 1 and 0 of 10 people.
-            yes = (10, 3, 1, 0)[number % 4]
-            said = [{"answer": "yes"}] * yes + [{"answer": "no"}] * (10 - yes)
-            annotations.append({**ids, "answers": said})
-        for name, entries in (("questions", questions), ("annotations", annotations)):
-            if (subset, name) != ("test2015", "annotations"):
-                files.append(folder / f"{subset}_{name}.json")
-                files[-1].write_text(json.dumps({"data_subtype": subset, name: entries}))
-    return files[::-1]
-
-
-def llava(folder: Path) -> list[Path]:
-    rows: list[dict[str, Any]] = []
-    for number in range(24):
-        has_image = number % 4 != 0
-        marker = "<image>\n" if has_image else ""
-        turns = [
-            {"from": "human", "value": f"{marker}what is this?"},
-            {"from": "gpt", "value": "a cat"},
-            {"from": "human", "value": SENTENCE},
-            {"from": "gpt", "value": "yes"},
-        ]
-        rows.append({"id": f"row-{number}", "conversations": turns})
-        if has_image:
-            picture(folder / "coco" / f"{number}.jpg", 10 * number)
-            rows[-1]["image"] = f"coco/{number}.jpg"
-    path = folder / "llava.json"
-    path.write_text(json.dumps(rows), encoding="utf-8")
-    return [path]
-
-
-WRITERS: dict[str, Callable[[Path], list[Path]]] = {
-    "nlvr2": nlvr2,
-    "karpathy": karpathy,
-    "vqav2": vqav2,
-    "llava": llava,
-}
+SMALL = BlipShape(width=16, heads=2, vision_layers=2, text_layers=2, image_size=64, patch_size=16)
 
 
 def imported(name: str, tmp_path: Path, **options: Any) -> tuple[ImportReport, Path]:
@@ -166,7 +79,8 @@ def test_captions_of_an_image_stay_together(tmp_path: Path) -> None:
     _, out = imported("karpathy", tmp_path)
     row = DataSet(out).splits["test"].fetch([0])[0]
     number = row.attributes["image_id"]
-    assert row.texts == tuple(f"{SENTENCE} {number} {i}" for i in range(5))
+    assert row.texts == tuple(f"{SENTENCE} {number} {i}" for i in range(len(row.texts)))
+    assert len(row.texts) == 5 + int(number) % 3
 
 
 def test_linked_images_are_read_from_where_they_lie(tmp_path: Path) -> None:
@@ -223,6 +137,44 @@ def test_vqav2_trains_and_scores_as_ten_people_say(tmp_path: Path) -> None:
     assert {one["answer"] for one in answers} == {"yes"}
     with pytest.raises(ValueError, match=r"have no answers .* --submission"):
         evaluate(model, task, "server")
+
+
+def test_captions_are_found_by_a_model_that_finds_all_images_alike(tmp_path: Path) -> None:
+    _, out = imported("karpathy", tmp_path)
+    words = tokenizer()
+    task = build_task("retrieval", tokenizer=words, image_size=64, data=out)
+    model = build_clip(SMALL, words)
+    attach(model)
+    two_steps(model, task)
+    torch.nn.init.zeros_(model.visual_projection.weight)
+    # All similarities are 0, so the first of three images is found and named, and no other:
+    # R@1 is 1/3 of the images and the first image's captions of all.
+    counts = [len(row.texts) for row in DataSet(out).splits["test"].fetch(range(3))]
+    assert sorted(counts) == [5, 6, 7]
+    result = evaluate(model, task, "test", batch_size=2)[0]
+    expected = 100 * (1 / 3 + counts[0] / sum(counts)) / 2
+    assert result.metric == pytest.approx(expected, abs=1e-4)
+
+
+def test_captions_are_judged_by_all_references(tmp_path: Path) -> None:
+    sources = karpathy(tmp_path / "in")
+    yes = {"raw": "yes " * 20}
+    edit(sources[0], lambda content: content["images"][-1]["sentences"].__setitem__(0, yes))
+    import_data("karpathy", sources, tmp_path / "out")
+    words = tokenizer()
+    task = build_task("captioning", tokenizer=words, image_size=64, data=tmp_path / "out")
+    model: Any = build_blip("captioning", SMALL, words)
+    attach(model)
+    two_steps(model, task)
+    head = model.text_decoder.cls.predictions.decoder
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+        head.bias[words.convert_tokens_to_ids("yes")] = 5.0
+    # "yes" twenty times is one reference of the seven of one image of three, and equals it:
+    # CIDEr-D is 10 for that reference and 0 for the others.
+    result = evaluate(model, task, "test", batch_size=2)[0]
+    assert result.metric == pytest.approx(100 * (10 / 7) / 3, abs=1e-4)
 
 
 def test_an_answer_is_learnt_as_often_as_people_gave_it(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from comp.modes import PruningMode, Stream
 from comp.pruner import Pruner
 from comp.results import CurvePoint
 from comp.tasks.base import Batch, SplitTask
+from comp.tasks.captions import CaptionedImage
 from comp.tasks.questions import make_questions
 from comp.tasks.retrieval import RetrievalTask, compare
 from comp.tasks.scenes import make_scenes, render_scenes
@@ -36,16 +37,18 @@ TINY = BlipShape(width=16, heads=2, vision_layers=2, text_layers=2, image_size=6
 
 @pytest.fixture(scope="module")
 def task(openmoji: OpenMoji, tokenizer: Any) -> RetrievalTask:
-    scenes = {
-        split: make_scenes(openmoji.drawings, split, num_scenes=40)
+    samples = {
+        split: [
+            CaptionedImage(scene, scene.captions)
+            for scene in make_scenes(openmoji.drawings, split, num_scenes=40)
+        ]
         for split in ("train", "val", "test")
     }
 
-    def images(split: str, indexes: Sequence[int]) -> Tensor:
-        return render_scenes([scenes[split][index] for index in indexes], openmoji.pixels)
+    def images(scenes: Sequence[Any]) -> Tensor:
+        return render_scenes(scenes, openmoji.pixels)
 
-    captions = {split: [one.captions for one in made] for split, made in scenes.items()}
-    return RetrievalTask(captions, images, tokenizer)
+    return RetrievalTask(samples, images, tokenizer)
 
 
 def tiny_clip(tokenizer: Any) -> CLIPModel:
@@ -83,10 +86,20 @@ def test_an_unknown_split_is_named(task: RetrievalTask) -> None:
         next(task.batches("dev", batch_size=1))
 
 
-def test_images_need_equally_many_captions(tokenizer: Any) -> None:
-    captions = {"train": [["one"], ["one", "two"]]}
-    with pytest.raises(ValueError, match=r"same number of captions, but got \[1, 2\]"):
-        RetrievalTask(captions, lambda split, indexes: torch.empty(0), tokenizer)
+def test_captions_that_are_not_there_neither_find_nor_are_found(tokenizer: Any) -> None:
+    images = torch.eye(2)
+    texts = torch.stack([torch.eye(2), torch.eye(2)[[1, 1]] * 0.5])
+    texts[0, 1] = 9 * images[1]  # would win every search of the second image
+    known = torch.tensor([[True, False], [True, True]])
+    assert compare(images, texts, known)[0].mean() == 1.0
+    texts[1, 1] = images[0]  # one caption of three names the wrong image
+    assert compare(images, texts, known)[0].mean() == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_a_loss_over_captions_that_are_there_is_that_without_the_others() -> None:
+    images, texts = torch.randn(3, 4), torch.randn(3, 2, 4)
+    known = torch.tensor([[True, False]] * 3)
+    torch.testing.assert_close(compare(images, texts, known), compare(images, texts[:, :1]))
 
 
 def test_a_perfect_model_finds_everything() -> None:
@@ -118,7 +131,7 @@ def test_the_similarities_are_bounded(task: RetrievalTask, tokenizer: Any) -> No
     model = tiny_clip(tokenizer)
     batch = next(task.batches("val", batch_size=4))
     torch.nn.init.constant_(model.logit_scale, 50.0)
-    images, _ = task.features(model, batch)
+    images, _, _ = task.features(model, batch)
     torch.testing.assert_close(images.norm(dim=1), torch.full((4,), 100.0))
 
 

@@ -17,7 +17,8 @@ from comp.modes import PruningMode
 from comp.pruner import Pruner
 from comp.results import StageRecord
 from comp.tasks import build_task
-from comp.tasks.captioning import CaptionedImage, CaptioningTask
+from comp.tasks.captioning import CaptioningTask
+from comp.tasks.captions import CaptionedImage
 from comp.tasks.text import build_tokenizer
 
 SHAPE = BlipShape(width=32, heads=4, vision_layers=2, text_layers=2, image_size=64, patch_size=16)

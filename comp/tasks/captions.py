@@ -1,0 +1,40 @@
+"""Images with what was said about them: the samples that retrieval and captioning share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from comp.data.layout import EncodedImage, Row
+
+MAX_CAPTIONS = 8
+"""Captions of an image that are read; COCO has five to seven, Flickr30K five."""
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """An image with what was said about it.
+
+    Attributes:
+        image: Whatever the task's ``images`` takes.
+        captions: The references, at least one.
+    """
+
+    image: Any
+    captions: tuple[str, ...]
+
+
+def stored_captions(row: Row) -> CaptionedImage:
+    """Makes a sample of a row of kind ``captions``; of more than eight captions eight count."""
+    image: EncodedImage = row.images[0]
+    return CaptionedImage(image, tuple(row.texts[:MAX_CAPTIONS]))
+
+
+def drawn_captions(samples: Sequence[CaptionedImage], *, seed: int, step: int) -> list[str]:
+    """Returns one caption of each image, all of them equally likely; a step decides which."""
+    draw = np.random.default_rng((seed, step, 2)).random(len(samples)).tolist()
+    return [
+        one.captions[int(place * len(one.captions))]
+        for one, place in zip(samples, draw, strict=True)
+    ]
