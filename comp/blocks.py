@@ -243,9 +243,14 @@ class Block:
 
     def groups(self) -> Iterator[UnitGroup]:
         """Yields the block's unit groups."""
-        yield self.attention
-        yield from self.cross.sites if self.cross else ()
-        yield self.feed_forward
+        yield from self.parts().values()
+
+    def parts(self) -> dict[str, UnitGroup]:
+        """Returns the block's unit groups by what they are in it, in forward order."""
+        sites = self.cross.sites if self.cross else ()
+        names = ["cross"] if len(sites) == 1 else [f"cross{i}" for i in range(len(sites))]
+        cross = dict(zip(names, sites, strict=True))
+        return {"heads": self.attention, **cross, "channels": self.feed_forward}
 
 
 @dataclass
@@ -265,6 +270,8 @@ class TokenState:
             may drop.
         logits: Products of the rows with MADTP's alignment tokens, ``(B, N, T)``.
         features: What these tokens have gathered in the layers so far, ``(B, T, D)``.
+        origins: Where every row stood at first, -1 for a summary, ``(B, N)``; kept while a
+            ``TokenTrace`` asks for it.
     """
 
     hidden: Tensor
@@ -277,6 +284,7 @@ class TokenState:
     mixture: Mixture | None = None
     logits: Tensor | None = None
     features: Tensor | None = None
+    origins: Tensor | None = None
 
     def flags(self, mask: Tensor | None, default: bool) -> Tensor:
         """Returns a mask as a tensor ``(B, N)``, filled with ``default`` if it is ``None``."""
@@ -336,18 +344,36 @@ def run_blocks(
     """
     valid_contexts = [real_rows(rows) for rows in contexts]
     held: _Held | None = None
+    _begin_trace(handle, blocks[0], state)
     for block in blocks:
         run = partial(_run_block, handle, block, contexts=contexts, valid_contexts=valid_contexts)
         if _recomputes(handle, state):
             state, held = _run_again_later(run, state)
         else:
             state, held = run(state, held)
+        if handle.trace is not None and state.origins is not None:
+            handle.trace.note(block.layer, state.origins, state.valid)
     alignment = handle.alignment
     if alignment is not None and state.features is not None:
         alignment.note(blocks[0].encoder, blocks[0].stream, state.features)
     if state.valid is not None:
         state.hidden = state.hidden * state.valid.unsqueeze(-1).to(state.hidden.dtype)
     return state
+
+
+def _begin_trace(handle: "PruningHandle", block: Block, state: TokenState) -> None:
+    """Says where the patches stand, if they run through these blocks and somebody asks."""
+    if handle.trace is None or Stream.VISION not in block.streams:
+        return
+    if state.mixture is not None:
+        patches = state.mixture.droppable[Stream.VISION]
+    elif not block.mixed:
+        patches = ~state.flags(state.protected, default=False)
+    else:
+        return  # a decoding step: its prompt has been read
+    rows = torch.arange(patches.shape[1], device=patches.device)
+    state.origins = rows.expand_as(patches)
+    handle.trace.begin(block.encoder, patches)
 
 
 def _recomputes(handle: "PruningHandle", state: TokenState) -> bool:
@@ -683,6 +709,7 @@ def gather_state(state: TokenState, selection: Selection) -> TokenState:
         rotary=None if state.rotary is None else _gather_rotary(state.rotary, selection),
         mixture=None if state.mixture is None else state.mixture.gather(selection),
         features=state.features,
+        origins=None if state.origins is None else selection.gather_origins(state.origins),
     )
 
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from comp.blocks import AttentionSite, Block, UnitGroup
 from comp.config import Method
-from comp.cost import Meter
+from comp.cost import Measurement, Meter
 from comp.importance import ActivationStatistics
 from comp.madtp import Alignment
 from comp.modes import PARAMETER_MODES, PruningMode, Stream
+from comp.trace import TokenTrace
 
 ALIGNMENT = "alignment"
 """Attribute of a model that holds its alignment tokens (``comp.madtp``)."""
@@ -86,6 +87,7 @@ class PruningHandle:
         dense_units: Group name to the units of the dense model.
         statistics: Collects activations while it is set.
         meter: Counts multiply-adds while it is set.
+        trace: Notes which patches stay in every layer while it is set.
         stock_when_idle: Run the stock forward, bit for bit, while nothing is pruned. Training
             turns this off, so that padding is masked from the first step on.
         recompute: Keep only each block's input for the backward pass (gradient checkpointing).
@@ -107,6 +109,7 @@ class PruningHandle:
     dense_units: dict[str, int] = field(default_factory=dict)
     statistics: ActivationStatistics | None = None
     meter: Meter | None = None
+    trace: TokenTrace | None = None
     stock_when_idle: bool = True
     recompute: bool = False
     originals: list[tuple[nn.Module, str]] = field(default_factory=list)
@@ -150,6 +153,22 @@ class PruningHandle:
         """Rows that leave a block if its count is fixed, or ``None`` if thresholds decide."""
         counts = (self.static_tokens or {}).get(block.encoder)
         return None if counts is None else counts[block.layer]
+
+    def left_in_layers(self, cost: Measurement) -> dict[str, float]:
+        """Returns units and mean tokens left, by ``encoder.layer.part``.
+
+        The parts are ``heads``, ``channels``, ``cross`` (heads of cross-attention; ``cross0`` and
+        ``cross1`` where two run side by side) and ``tokens``.
+
+        Args:
+            cost: What this model was last measured to cost.
+        """
+        left: dict[str, float] = {}
+        for encoder, blocks in self.structure.encoders.items():
+            for block in blocks:
+                for part, group in block.parts().items():
+                    left[f"{encoder}.{block.layer}.{part}"] = cost.alive[group.name]
+        return left | {f"{layer}.tokens": count for layer, count in cost.tokens.items()}
 
     def head_mask(self, site: AttentionSite) -> Tensor | None:
         """The soft mask of every query head, for Eq. 7, or ``None`` if all are whole."""

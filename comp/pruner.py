@@ -252,6 +252,7 @@ class Pruner:
             dense_latency_ms=latency,
             fine_tuned=0,
             test_ratio=0.0,
+            layers=self.handle.left_in_layers(self._cost),
         )
 
     def _check_reachable(self) -> None:
@@ -551,6 +552,7 @@ class Pruner:
             tokens=self._cost.last_tokens(),
             seconds=time.perf_counter() - begin,
             snapshot=ratio if reached else None,
+            layers=self.handle.left_in_layers(self._cost),
         )
 
     def _removed_share(self, predicted_macs: float) -> float:
@@ -636,6 +638,7 @@ class Pruner:
             dense_latency_ms=dense_ms,
             fine_tuned=self.config.fine_tune_steps,
             test_ratio=1.0 - test_cost.macs / self._dense_macs,
+            layers=handle.left_in_layers(tuned.cost),
         )
 
     def _latency(self, model: nn.Module) -> tuple[float, float]:

@@ -28,6 +28,7 @@ class StageRecord:
         tokens: Mean tokens that leave the last layer, by stream.
         seconds: Wall time of the stage.
         snapshot: The asked ratio that this stage reached, else ``None``.
+        layers: What is left in every layer, see ``CurvePoint``.
     """
 
     stage: int
@@ -46,6 +47,7 @@ class StageRecord:
     tokens: dict[str, float]
     seconds: float
     snapshot: float | None = None
+    layers: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values; ``from_dict`` is the inverse."""
@@ -77,6 +79,8 @@ class CurvePoint:
         dense_latency_ms: The same for the dense model, interleaved in the same process.
         fine_tuned: Steps of fine-tuning behind the point.
         test_ratio: The FLOPs ratio measured on the test split.
+        layers: What is left in every layer: heads, channels, cross-attention heads and the mean
+            tokens that leave it, by ``encoder.layer.part``, for example ``vision.3.heads``.
     """
 
     model: str
@@ -94,6 +98,7 @@ class CurvePoint:
     dense_latency_ms: float
     fine_tuned: int
     test_ratio: float
+    layers: dict[str, float] = field(default_factory=dict)
 
     @property
     def speed_up(self) -> float:

@@ -55,6 +55,13 @@ class Selection:
             return kept
         return torch.cat([kept, kept[:, -1:]], dim=1)
 
+    def gather_origins(self, origins: Tensor) -> Tensor:
+        """Gathers where rows stood at first ``(B, N)``; the summary token stood nowhere: -1."""
+        kept = origins.gather(1, self.index)
+        if self.summary_weight is None:
+            return kept
+        return torch.cat([kept, torch.full_like(kept[:, :1], -1)], dim=1)
+
     def gather_scores(self, scores: Tensor) -> Tensor:
         """Gathers scores ``(B, N)``; the summary token gets the sum of what it merged."""
         kept = scores.gather(1, self.index) * self.valid

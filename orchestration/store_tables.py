@@ -27,6 +27,7 @@ _PLACE = [
     ("time", pa.float64()),
     ("attempt", pa.int32()),
     ("extra", pa.string()),
+    ("layers", pa.map_(pa.string(), pa.float64())),
 ]
 STAGE_SCHEMA = pa.schema(
     [
@@ -96,8 +97,9 @@ def row_of(job: Job, record: Record) -> dict[str, Any]:
 def record_of(row: dict[str, Any], body_type: type[StageRecord] | type[CurvePoint]) -> Record:
     """Rebuilds the record that a row was made from."""
     values = row | json.loads(row["extra"] or "{}")
-    if "tokens" in values:
-        values["tokens"] = dict(values["tokens"])
+    for name in ("tokens", "layers"):
+        if name in values:
+            values[name] = dict(values[name] or ())
     fields = {field.name: values[field.name] for field in dataclasses.fields(body_type)}
     return Record(row["index"], body_type.from_dict(fields), row["time"], row["attempt"])
 

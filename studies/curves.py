@@ -194,7 +194,7 @@ def write_points(runs: Sequence[Run], path: Path) -> int:
     temporary = path.with_name(f".{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
-        pa.csv.write_csv(table, temporary)
+        pa.csv.write_csv(table.drop_columns(["layers"]), temporary)  # CSV has no nested columns
     else:
         pa.parquet.write_table(table, temporary, compression="zstd")
     temporary.replace(path)

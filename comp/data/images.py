@@ -77,6 +77,17 @@ def normalize(pixels: Tensor) -> Tensor:
     return (pixels.float() - mean) / std
 
 
+def denormalize(pixels: Tensor) -> Tensor:
+    """Turns normalised pixels back into values of 0..255, rounded; undoes ``normalize``.
+
+    Args:
+        pixels: Normalised pixels, ``(..., 3, H, W)``.
+    """
+    mean = torch.tensor(CLIP_MEAN, device=pixels.device).view(3, 1, 1) * 255.0
+    std = torch.tensor(CLIP_STD, device=pixels.device).view(3, 1, 1) * 255.0
+    return (pixels * std + mean).round().clamp(0, 255)
+
+
 def image_tensor(data: bytes, size: int) -> Tensor:
     """Decodes, resizes and normalises an encoded image.
 
