@@ -1,4 +1,4 @@
-"""``comp models`` and ``train``: the dense models that ship, and how they came about."""
+"""``comp models`` and ``train``: dense models that ship, are converted or are trained here."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,21 @@ import click
 from studies.cli_base import answer, common, device_option, example, mistakes, say
 
 
-@click.command(epilog=example("comp models"))
+@click.group(
+    invoke_without_command=True,
+    epilog=example(
+        "comp models", "comp models convert blip-nlvr model_base_nlvr.pth --out blip-nlvr"
+    ),
+)
 @common
-def models(as_json: bool) -> None:
-    """List the models that ship with their weights."""
+@click.pass_context
+def models(context: click.Context, as_json: bool) -> None:
+    """List the models that ship with their weights, or convert others."""
+    if context.invoked_subcommand is None:
+        _list_models(as_json)
+
+
+def _list_models(as_json: bool) -> None:
     import json
 
     from comp.models.presets import MODEL_PRESETS, preset_directory
@@ -33,6 +44,44 @@ def _accuracy_text(card: dict[str, Any]) -> str:
         return "no card"
     measured = ", ".join(f"{split} {value:.2f}" for split, value in card["accuracy"].items())
     return f"{card['parameters'] / 1e6:.2f} M parameters, {measured}"
+
+
+@models.command(
+    epilog=example(
+        "comp models convert blip-nlvr model_base_nlvr.pth --out blip-nlvr",
+        "comp models convert blip-nlvr model_base.pth --image-size 384 --out blip-start",
+    )
+)
+@click.argument(
+    "kind", type=click.Choice(["blip-nlvr", "blip-vqa", "blip-caption", "blip-retrieval"])
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="The directory to make."
+)
+@click.option(
+    "--image-size",
+    type=click.IntRange(min=1),
+    help="Pixels; position embeddings are interpolated. Those of the checkpoint by default.",
+)
+@click.option(
+    "--tokenizer",
+    default="bert-base-uncased",
+    show_default=True,
+    help="BERT's vocabulary: a vocab.txt, a directory with one, or a hub id.",
+)
+@common
+def convert(
+    kind: str, file: Path, out: Path, image_size: int | None, tokenizer: str, as_json: bool
+) -> None:
+    """Turn a .pth of the BLIP authors into a directory that every command takes."""
+    import dataclasses
+
+    from comp.models.blip_pth import convert_blip
+
+    with mistakes():
+        done = convert_blip(kind, file, out, image_size=image_size, tokenizer=tokenizer)
+    answer(as_json, {**dataclasses.asdict(done), "directory": str(out)}, str(done))
 
 
 @click.command(epilog=example("comp train blip-tiny-vqa --output models/my-vqa"))

@@ -135,12 +135,17 @@ def duplicate_cross_attention_(model: BlipForNLVR, source: Any) -> BlipForNLVR:
     merges = {name for name in own if ".merge_layer." in name}
     assert set(own) == set(state) | merges
     model.text_encoder.load_state_dict(state, strict=False)
+    merge_as_mean_(model)
+    return model
+
+
+def merge_as_mean_(model: BlipForNLVR) -> None:
+    """Lets the merge layers of a model give the mean of the two images, in place."""
+    encoder: Any = model.text_encoder.encoder
     with torch.no_grad():
-        encoder: Any = model.text_encoder.encoder
         for layer in encoder.layer:
             merge = layer.crossattention.merge_layer
             if merge is not None:
                 width = merge.out_features
                 merge.weight.copy_(torch.eye(width).repeat(1, 2) / 2)
                 merge.bias.zero_()
-    return model

@@ -7,8 +7,6 @@ out, and why each of these.
 import dataclasses
 import hashlib
 import json
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from comp.data.images import decode_image
 from comp.data.imports import karpathy, llava, nlvr2, vqav2
 from comp.data.imports.draft import Draft
 from comp.data.layout import FILE_NAME, EncodedImage, Row, write_rows
+from comp.directories import complete_directory, refuse_existing
 
 FORMATS = {"nlvr2": nlvr2, "karpathy": karpathy, "vqav2": vqav2, "llava": llava}
 NUM_ANSWERS = 3128
@@ -103,35 +102,27 @@ def import_data(
     skipped = [_skipped(one, one.fault or found[id(one)][1]) for one in drafts]
     bad = [one for one in skipped if one.reason]
     _judge(drafts, bad, on_bad, images)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
-    try:
-        part.chmod(0o755)
-        good = [d for d, s in zip(drafts, skipped, strict=True) if not s.reason]
-        broken: list[Skipped] = []
-        facts = {"name": format, "kind": reader.KIND, "source": ", ".join(p.name for p in sources)}
-        if reader.KIND == "questions":
-            facts["answers"] = json.dumps(_answers(good), ensure_ascii=False)
-        if link:
-            facts["image_root"] = str(images.resolve())
-        if good:
-            paths = {draft.id: found[id(draft)][0] for draft in good}
+    good = [d for d, s in zip(drafts, skipped, strict=True) if not s.reason]
+    broken: list[Skipped] = []
+    facts = {"name": format, "kind": reader.KIND, "source": ", ".join(p.name for p in sources)}
+    if reader.KIND == "questions":
+        facts["answers"] = json.dumps(_answers(good), ensure_ascii=False)
+    if link:
+        facts["image_root"] = str(images.resolve())
 
-            def judge() -> None:
-                _judge(drafts, [*bad, *broken], on_bad, images)
+    def judge() -> None:
+        _judge(drafts, [*bad, *broken], on_bad, images)
 
-            rows = _rows(good, paths, images, link=link, broken=broken, judge=judge)
-            write_rows(part / FILE_NAME, rows, metadata=facts)
+    paths = {draft.id: found[id(draft)][0] for draft in good}
+    rows = _rows(good, paths, images, link=link, broken=broken, judge=judge)
+    with complete_directory(out) as part:
+        write_rows(part / FILE_NAME, rows, metadata=facts)
         bad += broken
         left = {one.id for one in bad}
         splits = dict(Counter(draft.split for draft in drafts if draft.id not in left))
         report = ImportReport(format, splits, tuple(bad))
         text = json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False)
         (part / "report.json").write_text(text + "\n", encoding="utf-8")
-        part.rename(out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return report
 
 
@@ -151,8 +142,7 @@ def _check(
         raise ValueError(f"holdout must be in (0, 0.5), but got {holdout}")
     if not sources:
         raise ValueError("an import needs at least one source file, but got none")
-    if out.exists():
-        raise FileExistsError(f"{out} exists; remove it or name another directory")
+    refuse_existing(out)
     images = images or sources[0].parent
     if not images.is_dir():
         raise FileNotFoundError(f"there is no image folder {images}; check --images")
