@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from comp.pruner import Pruner
 
 VERSION = 1
+SAVES_MEMORY = ("accumulate", "eval_batch_size")  # may change in the middle of a run
 
 
 def save_state(pruner: "Pruner", directory: Path) -> None:
@@ -80,7 +81,8 @@ def load_state(pruner: "Pruner", directory: Path) -> None:
 
     Raises:
         FileNotFoundError: If there is no state.
-        CheckpointMismatch: If it was saved under another config, version or model.
+        CheckpointMismatch: If it was saved under another config (``SAVES_MEMORY`` apart), version
+            or model.
     """
     path = directory / "state.json"
     if not path.is_file():
@@ -91,7 +93,9 @@ def load_state(pruner: "Pruner", directory: Path) -> None:
             f"{path} has version {state['version']}, but this comp reads version {VERSION}"
         )
     own = pruner.config.to_dict()
-    changed = [key for key in own if own[key] != state["config"].get(key)]
+    changed = [
+        key for key in own if key not in SAVES_MEMORY and own[key] != state["config"].get(key)
+    ]
     if changed:
         raise CheckpointMismatch(
             f"{path} was saved under another config (differs in {', '.join(changed)}); "

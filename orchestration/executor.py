@@ -16,11 +16,12 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
 from orchestration import worker
 from orchestration.job import Failure, Job, JobEnd, Notice, Record, canonical_json
+from orchestration.retry import Retries
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class InlineExecutor:
 
     def __init__(self) -> None:
         self._waiting: deque[Handle] = deque()
-        self._current: tuple[Handle, Iterator[worker.Item]] | None = None
+        self._current: tuple[Handle, Iterator[worker.Item], Retries] | None = None
         self._cancelled: set[Handle] = set()
 
     @property
@@ -195,11 +196,18 @@ class InlineExecutor:
             if not self._waiting:
                 return []
             handle = self._waiting.popleft()
-            self._current = handle, worker.run(handle.job)
+            self._current = handle, worker.run(handle.job), Retries()
             return [Event(handle, Notice("started", "runs in this process"))]
-        handle, stream = self._current
+        handle, stream, retries = self._current
         cancelled = handle in self._cancelled
         item = Failure("cancelled", "cancelled") if cancelled else next(stream)
+        if isinstance(item, Failure):
+            if again := retries.next(handle.job, item.kind):
+                handle.job = again.job
+                self._current = handle, worker.run(handle.job), retries
+                text = f"{again.label} after its last stage: {item.message}"
+                return [Event(handle, Notice("retrying", text, handle.job.attempt))]
+            item = replace(item, message=retries.verdict(item.kind, item.message))
         event = accept(handle, item)
         if handle.done:
             self._current = None

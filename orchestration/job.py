@@ -19,7 +19,7 @@ from comp.results import CurvePoint, StageRecord
 
 JobKind = Literal["prune", "dense"]
 FailureKind = Literal[
-    "algorithm", "infrastructure", "timeout", "storage", "cancelled", "preempted"
+    "algorithm", "memory", "infrastructure", "timeout", "storage", "cancelled", "preempted"
 ]
 
 DEFAULT_RUNNER = "orchestration.worker:prune"
@@ -66,7 +66,10 @@ class Job:
         kind: ``"prune"``, or ``"dense"`` for a run whose only record is the dense point.
         spec_text: The YAML a person could run again; written to ``spec.yaml`` as it is.
         threads: CPU threads of torch in the worker.
-        attempt: 0 at first; raised by the executor each time a worker is lost.
+        attempt: 0 at first; raised by the executor each time the job is tried again.
+        parts: Into how many parts every batch is split beyond what the config says: 1 at first,
+            more once a worker ran out of memory. Saves memory and decides no result but by
+            rounding, except where a loss compares the samples of a batch.
         runner: ``"module:function"`` that does the work: called with the job and its
             ``store.RunDirectory``, it goes on behind ``directory.records`` and yields what
             ``directory.append`` returns. Benchmarks and tests put a trial of their own here.
@@ -87,6 +90,7 @@ class Job:
     spec_text: str = ""
     threads: int = 1
     attempt: int = 0
+    parts: int = 1
     runner: str = DEFAULT_RUNNER
 
     def __post_init__(self) -> None:
@@ -101,7 +105,8 @@ class Job:
     def content_id(self) -> str:
         """16 hexadecimal digits that two jobs share exactly if they must give the same result.
 
-        Names, places, attempts and threads do not count; model, task, data, config and kind do.
+        Names, places, attempts, parts and threads do not count; model, task, data, config and
+        kind do.
         """
         decisive = {
             "model": self.model,
@@ -115,12 +120,23 @@ class Job:
 
     @property
     def pruning_config(self) -> PruningConfig:
-        """The config as the dataclass that ``comp`` takes."""
-        return PruningConfig.from_dict(self.config)
+        """The config as the dataclass that ``comp`` takes, with ``parts`` applied."""
+        config = PruningConfig.from_dict(self.config)
+        return dataclasses.replace(
+            config,
+            accumulate=config.accumulate * self.parts,
+            eval_batch_size=max(1, config.eval_batch_size // self.parts),
+        )
 
     def next_attempt(self) -> Self:
         """Returns the same job, to be sent to another worker."""
         return dataclasses.replace(self, attempt=self.attempt + 1)
+
+    def split_further(self, factor: int) -> Self | None:
+        """Returns the job with smaller parts; ``None`` if they cannot be ``factor`` times so."""
+        if self.pruning_config.part_size % factor:
+            return None
+        return dataclasses.replace(self, parts=self.parts * factor)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values; ``from_dict`` is the inverse."""
@@ -201,6 +217,7 @@ class Failure:
         kind: ``"algorithm"``: the run itself raised (NaN loss, unreachable budget, bad input);
             ``"infrastructure"``: workers were lost more often than the budget allows;
             ``"timeout"``: stages took longer than the limit more often than that;
+            ``"memory"``: host or GPU memory ran out, also with smaller parts of batches;
             ``"storage"``: the run directory cannot be written; ``"cancelled"``: somebody asked;
             ``"preempted"``: the worker's machine is taken away (executors retry that themselves).
         message: One sentence for a person.

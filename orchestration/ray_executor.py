@@ -12,14 +12,14 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any, Self
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from orchestration import worker
 from orchestration.cluster import ClusterError, HeadWatch, check_fits, describe_room, hold_study
@@ -32,6 +32,7 @@ from orchestration.executor import (
     check_not_under_way,
 )
 from orchestration.job import Failure, FailureKind, Job, Notice
+from orchestration.retry import RULES, Retries, Rule, describe_kill, spoils_process
 from orchestration.storage import StorageError
 from orchestration.store import write_failure
 
@@ -110,7 +111,7 @@ class RayExecutor:
         num_slots: int,
         resources: Resources | None = None,
         *,
-        max_losses: int = 5,
+        rules: Mapping[FailureKind, Rule] = RULES,
         stage_timeout: float | None = None,
         recycle_after: int | None = None,
         start_timeout: float = 60.0,
@@ -121,7 +122,7 @@ class RayExecutor:
         Args:
             num_slots: Jobs that run at a time, if the cluster has room.
             resources: What one slot asks for.
-            max_losses: Workers that a job may lose before it fails.
+            rules: What is tried again, and how often.
             stage_timeout: Longest time between two records of a job in seconds, loading and
                 fine-tuning included; a worker that is silent for longer counts as lost.
             recycle_after: Jobs after which an actor is replaced; ``None`` for never.
@@ -137,13 +138,14 @@ class RayExecutor:
             raise ValueError(f"num_slots must be at least 1, but got {num_slots}")
         self._num_slots = num_slots
         self._resources = resources or Resources()
-        self._max_losses = max_losses
+        self._rules = rules
         self._stage_timeout = stage_timeout
         self._recycle_after = recycle_after
         self._start_timeout = start_timeout
         self._cancel_grace = cancel_grace
         self._pending: deque[Handle] = deque()
-        self._losses: dict[Handle, int] = {}  # of every unfinished job
+        self._resting: dict[Handle, float] = {}  # pending ones, until when they pause
+        self._retries: dict[Handle, Retries] = {}  # of every unfinished job
         self._starting: dict[Any, _Slot] = {}  # by the reference that tells it is free
         self._idle: list[_Slot] = []
         self._busy: dict[Any, _Slot] = {}  # by its stream
@@ -171,7 +173,7 @@ class RayExecutor:
     @property
     def free_slots(self) -> int:
         """Jobs that may be submitted before others must end."""
-        return max(0, self._num_slots - len(self._losses))
+        return max(0, self._num_slots - len(self._retries))
 
     @property
     def places(self) -> list[tuple[Place, str | None]]:
@@ -185,11 +187,11 @@ class RayExecutor:
 
     def submit(self, job: Job) -> Handle:
         """Accepts a job and returns at once."""
-        check_not_under_way(job, self._losses)
+        check_not_under_way(job, self._retries)
         handle = Handle(job)
-        if not self._losses:
+        if not self._retries:
             self._last_progress = time.monotonic()
-        self._losses[handle] = 0
+        self._retries[handle] = Retries(self._rules)
         self._pending.append(handle)
         return handle
 
@@ -199,7 +201,7 @@ class RayExecutor:
         Raises:
             ClusterError: If no worker can be started.
         """
-        while self._losses or self._outbox:
+        while self._retries or self._outbox:
             yield from self.poll(1.0)
 
     def poll(self, timeout: float) -> list[Event]:
@@ -235,7 +237,7 @@ class RayExecutor:
         if time.monotonic() < self._next_start:
             return
         num_actors = len(self._starting) + len(self._idle) + len(self._busy)
-        for _ in range(num_actors, min(self._num_slots, len(self._losses))):
+        for _ in range(num_actors, min(self._num_slots, len(self._retries))):
             slot = _Slot(self._actor_class.remote(), time.monotonic())
             self._starting[slot.actor.where.remote()] = slot
 
@@ -253,8 +255,7 @@ class RayExecutor:
         self._dispatch()
 
     def _dispatch(self) -> None:
-        while self._pending and self._idle:
-            handle = self._pending.popleft()
+        while self._idle and (handle := self._next_pending()) is not None:
             slot = self._take_idle(handle.job)
             slot.handle, slot.since = handle, time.monotonic()
             slot.num_jobs += 1
@@ -262,6 +263,16 @@ class RayExecutor:
             self._busy[stream] = slot
             notice = Notice("started", f"runs in {slot.place}", handle.job.attempt)
             self._outbox.append(Event(handle, notice))
+
+    def _next_pending(self) -> Handle | None:
+        """Takes the first job that does not pause before a retry."""
+        now = time.monotonic()
+        due = (handle for handle in self._pending if self._resting.get(handle, 0.0) <= now)
+        handle = next(due, None)
+        if handle is not None:
+            self._pending.remove(handle)
+            self._resting.pop(handle, None)
+        return handle
 
     def _take_idle(self, job: Job) -> _Slot:
         """Prefers an actor that has the job's model loaded."""
@@ -279,7 +290,10 @@ class RayExecutor:
         try:
             item: worker.Item = ray.get(next(stream))
             if isinstance(item, Failure) and item.kind == "preempted":
-                self._lose(stream, "its machine is being taken away", charge=False)
+                self._lose(stream, "its machine is being taken away", "preempted")
+                return
+            if isinstance(item, Failure) and item.kind == "memory":
+                self._lose(stream, item.message, "memory", cause=item)
                 return
             event = accept(slot.handle, item)
         except StopIteration:
@@ -288,21 +302,24 @@ class RayExecutor:
             self._lose(stream, f"its stream is broken: {error}")
         except RayTaskError as error:
             self._lose(stream, f"it failed outside the run: {_last_line(error)}")
+        except OutOfMemoryError as error:  # Ray ends a process before its machine is full
+            self._lose(stream, describe_kill(str(error)), "memory")
         except RayError as error:
             self._lose(stream, _last_line(error))
         else:
             self._outbox += [event] if event else []
             if slot.handle.done:
-                self._release(stream)
+                spoiled = isinstance(item, Failure) and spoils_process(item.error)
+                self._release(stream, recycle=spoiled)
 
-    def _release(self, stream: Any) -> None:
+    def _release(self, stream: Any, *, recycle: bool) -> None:
         """Books a finished job off and makes its actor available, or replaces it."""
         slot = self._busy.pop(stream)
         assert slot.handle is not None
-        del self._losses[slot.handle]
+        del self._retries[slot.handle]
         slot.handle = None
-        if self._recycle_after and slot.num_jobs >= self._recycle_after:
-            ray.kill(slot.actor)
+        if recycle or (self._recycle_after and slot.num_jobs >= self._recycle_after):
+            _kill(slot)
         else:
             self._idle.append(slot)
 
@@ -310,33 +327,33 @@ class RayExecutor:
         self,
         stream: Any,
         reason: str,
-        *,
-        charge: bool = True,
         kind: FailureKind = "infrastructure",
+        *,
+        cause: Failure | None = None,
     ) -> None:
         """Gives a lost worker up and its job to another one, or up as well."""
         slot = self._busy.pop(stream)
         handle = slot.handle
         assert handle is not None
         _kill(slot)
-        self._losses[handle] += int(charge)
-        losses = self._losses[handle]
+        retries = self._retries[handle]
         _log.debug("%s lost %s: %s", handle.job.run_id, slot.place, reason)
-        if losses <= self._max_losses:
-            handle.job = handle.job.next_attempt()
+        if again := retries.next(handle.job, kind):
+            handle.job = again.job
+            self._resting[handle] = time.monotonic() + again.pause
             self._pending.appendleft(handle)
-            text = f"lost {slot.place} ({reason}); goes on from its last stage"
-            text += f", loss {losses} of at most {self._max_losses}" if charge else ""
+            text = f"{again.label} after its last stage; lost {slot.place}: {reason}"
             self._outbox.append(Event(handle, Notice("retrying", text, handle.job.attempt)))
             return
-        text = f"lost {losses} workers, the last one, {slot.place}, because {reason}"
-        self._give_up(handle, Failure(kind, text, attempts=handle.job.attempt + 1))
+        text, attempts = retries.verdict(kind, reason), handle.job.attempt + 1
+        last = replace(cause or Failure(kind, text), message=text, attempts=attempts)
+        self._give_up(handle, last)
 
     def _give_up(self, handle: Handle, failure: Failure) -> None:
         if failure.kind != "cancelled":
             with contextlib.suppress(StorageError):
                 write_failure(handle.job.run_dir, failure)
-        del self._losses[handle]
+        del self._retries[handle]
         event = accept(handle, failure)
         self._outbox += [event] if event else []
 
@@ -346,7 +363,7 @@ class RayExecutor:
         for stream, slot in list(self._busy.items()):
             if self._stage_timeout and now - slot.since > self._stage_timeout:
                 reason = f"it gave no record for {self._stage_timeout:g} s"
-                self._lose(stream, reason, kind="timeout")
+                self._lose(stream, reason, "timeout")
         for reference, slot in list(self._starting.items()):
             if slot.place and now - slot.since > self._cancel_grace:
                 del self._starting[reference]
@@ -368,10 +385,11 @@ class RayExecutor:
 
     def cancel(self, handle: Handle) -> None:
         """Ends a job; its worker stays warm if it finishes its stage within ``cancel_grace``."""
-        if handle not in self._losses:
+        if handle not in self._retries:
             return
         if handle in self._pending:
             self._pending.remove(handle)
+            self._resting.pop(handle, None)
         for stream, slot in list(self._busy.items()):
             if slot.handle is handle:
                 del self._busy[stream]
@@ -396,7 +414,7 @@ class RayExecutor:
         if ray.is_initialized() and not self._head.is_lost:
             for slot in slots:
                 _kill(slot)
-        for collection in (self._starting, self._idle, self._busy, self._pending, self._losses):
+        for collection in (self._starting, self._idle, self._busy, self._pending, self._retries):
             collection.clear()
 
     def __enter__(self) -> Self:

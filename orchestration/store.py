@@ -291,7 +291,7 @@ def _read_json(storage: Storage, name: str) -> dict[str, Any] | None:
 
 def _header(job: Job) -> dict[str, Any]:
     values = job.to_dict()
-    del values["spec_text"], values["attempt"]
+    del values["spec_text"], values["attempt"], values["parts"]
     return {
         "version": FORMAT_VERSION,
         "uid": uuid.uuid4().hex,
@@ -338,6 +338,7 @@ def _report(job: Job, records: Sequence[Record]) -> dict[str, Any]:
         "num_stages": len(stages),
         "stage_seconds": sum(stage.seconds for stage in stages),
         "attempts": 1 + max((record.attempt for record in records), default=0),
+        "parts": job.parts,
         "stages_by_mode": {mode: modes.count(mode) for mode in sorted(set(modes))},
         "points": [_finite(record.body.to_dict()) for record in records if record.point],
         "environment": environment(),

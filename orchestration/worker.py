@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from comp.results import CurvePoint
 from orchestration.job import Failure, FailureKind, Job, JobEnd, Record
+from orchestration.retry import describe_memory, kind_of
 from orchestration.storage import StorageError
 from orchestration.store import Fenced, RunDirectory
 
@@ -65,9 +66,11 @@ def run(job: Job, *, stop: Callable[[], FailureKind | None] = lambda: None) -> I
 
 
 def _failure(job: Job, error: Exception) -> Failure:
+    kind = kind_of(error)
+    plain = str(error) or type(error).__name__
     return Failure(
-        kind="storage" if isinstance(error, StorageError) else "algorithm",
-        message=str(error) or type(error).__name__,
+        kind=kind,
+        message=describe_memory(error) if kind == "memory" else plain,
         error=type(error).__name__,
         traceback="".join(traceback.format_exception(error)),
         attempts=job.attempt + 1,

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import pytest
 from orchestration import worker
 from orchestration.cluster import ClusterError
 from orchestration.executor import Event, Handle, Resources
-from orchestration.job import Failure, Job, JobEnd, Notice, Record
+from orchestration.job import Failure, FailureKind, Job, JobEnd, Notice, Record
 from orchestration.ray_executor import PrunerActor, RayExecutor
+from orchestration.retry import RULES, Rule
 from orchestration.store import read_run
 from tests.orchestration.trials import disturb, make_job, numbers
 
@@ -49,9 +50,14 @@ def shared(ray_cluster: str) -> Iterator[RayExecutor]:
 @pytest.fixture
 def warm(shared: RayExecutor) -> Iterator[RayExecutor]:
     yield shared
-    for handle in list(shared._losses):
+    for handle in list(shared._retries):
         shared.cancel(handle)
     list(shared.events())
+
+
+def losing(workers: int) -> Mapping[FailureKind, Rule]:
+    """The usual rules, but for how many workers a job may lose."""
+    return {**RULES, "infrastructure": Rule(retries=workers)}
 
 
 def calm_numbers(directory: Path) -> list[dict[str, object]]:
@@ -126,7 +132,7 @@ def test_a_killed_worker_costs_one_stage_and_changes_no_number(
 def test_a_job_that_kills_every_worker_is_given_up_and_others_are_not(
     tmp_path: Path, pool: Pool
 ) -> None:
-    executor = pool(max_losses=1)
+    executor = pool(rules=losing(1))
     disturb(tmp_path, "s-0000", "always-die", 1)
     for i in range(2):
         executor.submit(make_job(tmp_path, run=f"s-000{i}"))
@@ -134,7 +140,7 @@ def test_a_job_that_kills_every_worker_is_given_up_and_others_are_not(
     end = events["s-0000"][-1].body
     assert isinstance(end, Failure)
     assert (end.kind, end.attempts) == ("infrastructure", 2)
-    assert end.message.startswith("lost 2 workers, the last one, process ")
+    assert end.message.startswith("lost 2 workers, the last time: ")
     assert read_run(tmp_path / "s-0000").failure == end
     assert isinstance(events["s-0001"][-1].body, JobEnd)
 
@@ -192,7 +198,7 @@ def test_a_stream_that_ends_without_its_end_is_not_taken_for_complete(
 def test_a_worker_told_to_go_finishes_its_stage_and_the_job_moves_for_free(
     tmp_path: Path, pool: Pool
 ) -> None:
-    executor = pool(2, max_losses=0)
+    executor = pool(2, rules=losing(0))
     disturb(tmp_path, "s-0000", "nap", 3)
     handle = executor.submit(make_job(tmp_path))
     until_struck(executor, handle)
