@@ -1,9 +1,15 @@
-"""What MLflow is told of a run, in plain values: metrics, parameters and tags."""
+"""What MLflow is told of a run, in plain values: metrics, parameters and tags.
+
+What is sent and what is read stand side by side, and nothing here imports MLflow.
+"""
 
 import contextlib
 import importlib.metadata
 import json
+import logging
 import math
+import os
+import re
 
 from comp.results import CurvePoint, StageRecord
 from orchestration.job import Record
@@ -12,7 +18,48 @@ from orchestration.store import Run
 
 SCORES = "scores.json"
 
+TRACKING_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
+_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the defaults wait four minutes for a dead server
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+}
+
 Metric = tuple[str, float, int, int]  # key, value, time in milliseconds, step
+
+
+class TrackingError(RuntimeError):
+    """MLflow does not answer as it should. What it should have been told is on disk.
+
+    Attributes:
+        permanent: Whether trying again would fail again.
+    """
+
+    def __init__(self, message: str, *, permanent: bool = False) -> None:
+        super().__init__(message)
+        self.permanent = permanent
+
+
+def is_tracking_uri(text: str) -> bool:
+    """Tells whether a text is the address of a store that MLflow can keep runs in."""
+    scheme, separator, _ = text.partition("://")
+    return bool(separator) and scheme.partition("+")[0] in TRACKING_SCHEMES
+
+
+def prepare_client() -> None:
+    """Makes MLflow's client quick to give up and quiet; call it before importing MLflow."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def redact(text: str) -> str:
+    """Blots out user and password of addresses."""
+    return re.sub(r"//[^/@\s]*@", "//***@", text)
 
 
 def metrics_of(record: Record) -> list[Metric]:
@@ -38,9 +85,22 @@ def _stage_values(stage: StageRecord) -> dict[str, float]:
     return values | {f"tokens_{stream}": count for stream, count in stage.tokens.items()}
 
 
+POINT_METRICS = (
+    "val",
+    "test",
+    "val_before_tuning",
+    "gmacs",
+    "latency_ms",
+    "dense_latency_ms",
+    "ratio_reached",
+    "test_ratio",
+    "fine_tuned",
+)
+"""Fields of a point that are metrics of the same name; ``params`` is sent in millions."""
+
+
 def _point_values(point: CurvePoint) -> dict[str, float]:
-    names = ("val", "test", "val_before_tuning", "gmacs", "latency_ms", "ratio_reached")
-    values = {name: getattr(point, name) for name in names}
+    values = {name: getattr(point, name) for name in POINT_METRICS}
     return values | {"params_m": point.params / 1e6, "speed_up": _speed_up(point)}
 
 

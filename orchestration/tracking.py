@@ -5,14 +5,13 @@ directory and sends what MLflow lacks. Sending again what MLflow has is harmless
 point carries the time at which it was made and MLflow drops exact repetitions. A run directory
 holds an ``unsynced`` file for as long as MLflow may lack something of it.
 
-This is the only file that knows MLflow. It is imported at the first send, in the thread.
+Only this file writes to MLflow; ``tracking_reader`` reads it. It is imported at the first send, in
+the thread.
 """
 
 import contextlib
 import fcntl
 import logging
-import os
-import re
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +21,17 @@ from typing import TYPE_CHECKING, Protocol
 
 from orchestration.storage import Storage, StorageError
 from orchestration.store import Run, read_run
-from orchestration.tracked import metrics_of, params_of, summary_of, tags_of
+from orchestration.tracked import (
+    TRACKING_SCHEMES,
+    TrackingError,
+    is_tracking_uri,
+    metrics_of,
+    params_of,
+    prepare_client,
+    redact,
+    summary_of,
+    tags_of,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -33,30 +42,9 @@ _log = logging.getLogger(__name__)
 UNSYNCED = "unsynced"
 PLOTS = "plots"
 
-SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
-_SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the defaults wait four minutes for a dead server
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-}
 _BATCH = 1000  # metrics that MLflow accepts in one request
 _LONGEST_PAUSE = 5.0  # seconds between attempts to reach a server that is down
 _PERMANENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE")
-
-
-class TrackingError(RuntimeError):
-    """MLflow cannot be told. What it should have been told is on disk.
-
-    Attributes:
-        permanent: Whether trying again would fail again.
-    """
-
-    def __init__(self, message: str, *, permanent: bool = False) -> None:
-        super().__init__(message)
-        self.permanent = permanent
 
 
 class Tracker(Protocol):
@@ -110,11 +98,10 @@ class MlflowTracker:
         Raises:
             ValueError: If MLflow could not keep runs there.
         """
-        scheme = uri.partition(":")[0].partition("+")[0]
-        if scheme not in SCHEMES:
+        if not is_tracking_uri(uri):
             raise ValueError(
-                f"the MLflow address must start with one of {', '.join(SCHEMES)}, but got "
-                f"{_redact(uri)!r}; pass sqlite:///PATH/mlflow.db to keep runs in a file"
+                f"the MLflow address must start with one of {', '.join(TRACKING_SCHEMES)}, "
+                f"but got {redact(uri)!r}; pass sqlite:///PATH/mlflow.db to keep runs in a file"
             )
         self._uri, self._experiment = uri, experiment
         self._send_models = send_models
@@ -165,7 +152,7 @@ class MlflowTracker:
         with self._changed:
             left = list(self._dirty)
         if left:
-            place = _redact(self._uri)
+            place = redact(self._uri)
             _log.warning("%d runs are on disk but not yet in MLflow at %s", len(left), place)
         return left
 
@@ -239,12 +226,9 @@ class MlflowTracker:
         """Opens the store and the experiment; a fresh SQLite file gets its tables here, once."""
         if self._client is not None:
             return self._client
-        for name, value in _SETTINGS.items():
-            os.environ.setdefault(name, value)
+        prepare_client()
         from mlflow.tracking import MlflowClient
 
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
         artifacts = None
         with _only_one_process(self._uri) as database:
             if database is not None:
@@ -329,14 +313,9 @@ class MlflowTracker:
             code = str(getattr(error, "error_code", ""))
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise TrackingError(
-                _redact(f"MLflow at {self._uri} does not take results ({reason})"),
+                redact(f"MLflow at {self._uri} does not take results ({reason})"),
                 permanent=code in _PERMANENT,
             ) from error
-
-
-def _redact(text: str) -> str:
-    """Blots out user and password of addresses."""
-    return re.sub(r"//[^/@\s]*@", "//***@", text)
 
 
 def _metric(key: str, value: float, time_ms: int, step: int) -> "Metric":

@@ -70,10 +70,11 @@ def demo(
 @click.command(
     epilog=example(
         "comp compare demo-vqa --at 0.5 --at 0.8 --png curves.png --csv curves.csv",
-        "comp compare comp-runs/runs/demo-vqa-0000 comp-runs/runs/my-run",
+        "comp compare comp-runs/runs/demo-vqa-0000 my-run --baseline my-run",
+        "comp compare sqlite:///comp-runs/mlflow.db --experiment demo-vqa --by method",
     )
 )
-@click.argument("runs", nargs=-1, required=True)
+@click.argument("names", metavar="RUN...", nargs=-1, required=True)
 @click.option(
     "--at",
     "ratios",
@@ -87,26 +88,64 @@ def demo(
     "--parquet", type=click.Path(path_type=Path, dir_okay=False), help="Write all points."
 )
 @click.option(
-    "--png", type=click.Path(path_type=Path, dir_okay=False), help="Draw the curves (and an SVG)."
+    "--png",
+    "--svg",
+    "plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw the curves, as PNG and SVG.",
+)
+@click.option(
+    "--by",
+    type=click.Choice(["settings", "method"]),
+    default="settings",
+    show_default=True,
+    help="A row is runs that differ in their seed alone, or all runs of a model and method.",
+)
+@click.option(
+    "--baseline",
+    default="",
+    metavar="RUN",
+    help="The run or method that the others are compared to, seed by seed; the first by default.",
+)
+@click.option(
+    "--experiment",
+    "experiments",
+    multiple=True,
+    metavar="NAME",
+    help="Of a tracking server, read this experiment only (a study is one).",
 )
 @root_option
 @common
 def compare(
-    runs: tuple[str, ...],
+    names: tuple[str, ...],
     ratios: tuple[float, ...],
     metric: str,
     csv: Path | None,
     parquet: Path | None,
-    png: Path | None,
+    plot: Path | None,
+    by: str,
+    baseline: str,
+    experiments: tuple[str, ...],
     root: str | None,
     as_json: bool,
 ) -> None:
-    """Put runs side by side: run directories, run ids or names of studies."""
-    from studies.comparison import compare_runs, find_runs
+    """Put runs side by side.
+
+    A RUN is a run directory, a run id, the name of a study, a directory with all of these, or the
+    address of an MLflow tracking server.
+    """
+    from studies.comparison import compare_sources
+    from studies.sources import find_sources
 
     with mistakes():
-        found = find_runs(runs, root or DEFAULT_ROOT)
-        comparison = compare_runs(found, ratios, "val" if metric == "val" else "test")
-        written = [str(path) for path in comparison.write(csv=csv, parquet=parquet, png=png)]
+        sources = find_sources(names, root or DEFAULT_ROOT, experiments=experiments)
+        comparison = compare_sources(
+            sources,
+            ratios,
+            "val" if metric == "val" else "test",
+            by="method" if by == "method" else "settings",
+            baseline=baseline,
+        )
+        written = [str(path) for path in comparison.write(csv=csv, parquet=parquet, plot=plot)]
     lines = [comparison.to_text(), *(f"wrote {path}" for path in written)]
     answer(as_json, {**comparison.to_dict(), "files": written}, "\n".join(lines))

@@ -1,51 +1,75 @@
-"""Runs side by side: the metric at asked ratios, mean and spread over seeds, area."""
+"""Runs side by side: the metric at asked ratios, mean and spread over seeds, area, differences."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from comp.config import nearest
-from orchestration.storage import Storage, join, parent
-from orchestration.store import Run, list_runs, read_run
 from studies.curves import (
     Curve,
     Metric,
     Spread,
     area,
     check_comparable,
+    check_measured,
     covers,
-    curve_of,
+    pareto_curve_points,
     spread,
     value_at,
     write_points,
 )
-from studies.errors import SpecError
+from studies.paired import Difference, paired_difference
 from studies.plots import plot_runs
 from studies.report import columns
+from studies.sources import Source
+
+By = Literal["settings", "method"]
+MAX_FRONT = 8  # points of the Pareto front in the text
 
 
 @dataclass(frozen=True)
 class ComparedRow:
-    """Runs that differ in nothing but their seed.
+    """Runs that differ in nothing but their seed, or all runs of a method.
 
     Attributes:
-        name: The run, or the first of them.
+        name: The run, or the first of them; of a whole method its name.
+        model: What was pruned.
         method: Method id.
+        curves: The curves behind the row.
         values: The metric at every ratio of the comparison; ``None`` where a run does not reach.
         area: Mean height of the curves over the ratios that all compared runs cover.
     """
 
     name: str
+    model: str
     method: str
+    curves: tuple[Curve, ...]
     values: tuple[Spread | None, ...]
     area: Spread
 
     @property
-    def num_seeds(self) -> int:
-        """Runs behind the row."""
-        return self.area.num
+    def seeds(self) -> list[int]:
+        """The seeds behind the row, ascending."""
+        return sorted({curve.last.seed for curve in self.curves})
+
+
+@dataclass(frozen=True)
+class PairedRow:
+    """How a row differs from the baseline, seed by seed.
+
+    Attributes:
+        name: The row.
+        seeds: The seeds that both have.
+        values: The difference at every ratio; ``None`` where one of the two does not reach.
+        area: Of the areas.
+    """
+
+    name: str
+    seeds: tuple[int, ...]
+    values: tuple[Difference | None, ...]
+    area: Difference
 
 
 @dataclass(frozen=True)
@@ -53,153 +77,231 @@ class Comparison:
     """Runs of one task side by side.
 
     Attributes:
-        runs: The runs that have a curve.
+        sources: The runs that have a curve.
         curves: Their curves.
         skipped: Ids of runs without a finished ratio.
         metric: ``"val"`` or ``"test"``.
         ratios: Where the curves were read.
+        span: The ratios between which areas were taken.
         rows: The table, best area first.
+        baseline: Name of the row that the others are compared to.
+        paired: The differences of the rows that share at least one seed with it.
     """
 
-    runs: tuple[Run, ...]
+    sources: tuple[Source, ...]
     curves: tuple[Curve, ...]
     skipped: tuple[str, ...]
     metric: Metric
     ratios: tuple[float, ...]
+    span: tuple[float, float]
     rows: tuple[ComparedRow, ...]
+    baseline: str
+    paired: tuple[PairedRow, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values."""
         return {
             "metric": self.metric,
+            "task": self.curves[0].last.task,
             "ratios": list(self.ratios),
+            "span": list(self.span),
             "rows": [_row_dict(row) for row in self.rows],
+            "baseline": self.baseline,
+            "paired": [_paired_dict(row) for row in self.paired],
+            "pareto": [
+                {"run": curve.run, **point.to_dict()}
+                for curve, point in pareto_curve_points(self.curves, self.metric)
+            ],
             "skipped": list(self.skipped),
         }
 
     def to_text(self) -> str:
-        """Returns the table that a terminal shows."""
+        """Returns the tables that a terminal shows."""
         names = [f"{self.metric} at {ratio:g}" for ratio in self.ratios]
-        head = ["run", "method", "seeds", *names, "area"]
+        area_name = f"area {self.span[0]:g}-{self.span[1]:.3g}"
+        head = ["run", "method", "seeds", *names, area_name]
         lines = columns([head, *(_row_cells(row) for row in self.rows)])
+        lines += self._gaps()
+        lines += ["", *self._differences(names, area_name), "", *self._front()]
         if self.skipped:
-            lines.append(f"without a finished ratio: {', '.join(self.skipped)}")
-        if any(value is None for row in self.rows for value in row.values):
-            lines.append("-: the run does not reach this ratio")
+            lines += ["", f"without a finished ratio: {', '.join(self.skipped)}"]
         return "\n".join(lines)
 
-    def write(self, *, csv: Path | None, parquet: Path | None, png: Path | None) -> list[Path]:
+    def _gaps(self) -> list[str]:
+        short = [
+            f"-: {row.name} ends at ratio {min(float(c.ratios[-1]) for c in row.curves):.3f}"
+            for row in self.rows
+            if None in row.values
+        ]
+        more = [f"-: so do {len(short) - 5} more"] if len(short) > 5 else []
+        return [*short[:5], *more]
+
+    def _differences(self, names: list[str], area_name: str) -> list[str]:
+        if not self.paired:
+            return [
+                f"no paired differences: no other row shares a seed with {self.baseline}"
+                if len(self.rows) > 1
+                else "no differences: there is one row only"
+            ]
+        head = ["run", "pairs", *names, area_name]
+        cells = [
+            [row.name, str(len(row.seeds)), *map(_or_dash, row.values), str(row.area)]
+            for row in self.paired
+        ]
+        note = f"difference to {self.baseline}, paired by seed, 95 % bootstrap interval:"
+        return [note, *columns([head, *cells])]
+
+    def _front(self) -> list[str]:
+        front = pareto_curve_points(self.curves, self.metric)
+        cells = [
+            [
+                f"{point.gmacs:.4g}",
+                f"{getattr(point, self.metric):.2f}",
+                curve.run if point.method != "dense" else "dense",
+                f"{point.ratio_reached:.3f}",
+            ]
+            for curve, point in front
+        ]
+        left = len(cells) - MAX_FRONT
+        more = [f"and {left} more; --json has all"] if left > 0 else []
+        table = columns([["GFLOPs", self.metric, "run", "ratio"], *cells[:MAX_FRONT]])
+        return ["Pareto front, cheapest first:", *table, *more]
+
+    def write(
+        self, *, csv: Path | None = None, parquet: Path | None = None, plot: Path | None = None
+    ) -> list[Path]:
         """Writes what is asked for and returns what was written.
+
+        Args:
+            csv: Where all points go as CSV.
+            parquet: The same as Parquet.
+            plot: Where the curves go, ``.png`` or ``.svg``; the other one is written beside it.
 
         Raises:
             ValueError: If a file name ends in something else than it should.
         """
+        ends = ((csv, (".csv",)), (parquet, (".parquet",)), (plot, (".png", ".svg")))
+        for path, suffixes in ends:
+            if path is not None and path.suffix not in suffixes:
+                raise ValueError(f"the file must end in {' or '.join(suffixes)}, but got {path}")
         written = []
-        for path, suffix in ((csv, ".csv"), (parquet, ".parquet"), (png, ".png")):
-            if path is not None and path.suffix != suffix:
-                raise ValueError(f"the file must end in {suffix}, but got {path}")
         for path in (csv, parquet):
             if path is not None:
-                write_points(self.runs, path)
+                rows = [source.run or source.curve for source in self.sources]
+                write_points([row for row in rows if row is not None], path)
                 written.append(path)
-        if png is not None:
-            png.parent.mkdir(parents=True, exist_ok=True)
+        if plot is not None:
+            plot.parent.mkdir(parents=True, exist_ok=True)
             title = f"{len(self.curves)} runs on {self.curves[0].last.task}"
-            target = png.with_suffix("")
+            target = plot.with_suffix("")
             written += plot_runs(self.curves, target, title=title, metric=self.metric)
         return written
 
 
-def find_runs(names: Sequence[str], root: str | Path) -> list[Run]:
-    """Finds runs by directory, run id or study, each once and in the order named.
+def compare_sources(
+    sources: Sequence[Source],
+    ratios: Sequence[float],
+    metric: Metric,
+    *,
+    by: By = "settings",
+    baseline: str = "",
+) -> Comparison:
+    """Reads curves at ratios, groups them, and pairs the groups by seed.
+
+    Args:
+        sources: Runs of one task.
+        ratios: Where to read; those that at least half of the runs were asked for if empty.
+        metric: ``"val"`` or ``"test"``.
+        by: ``"settings"``: a row is runs that differ in their seed alone; ``"method"``: a row is
+            all runs of a model and method.
+        baseline: A run or method whose row the others are compared to; the first row of the
+            sources if empty.
 
     Raises:
-        SpecError: If a name is none of these.
+        ValueError: If the runs are of several tasks, none has a curve, some lack the metric, no
+            run reaches a ratio that was named, or there is no such baseline.
     """
-    found: dict[str, Run] = {}
-    for name in names:
-        for location in _locations(name, root):
-            run = read_run(location)
-            if run.job.kind == "prune":
-                found.setdefault(run.location, run)
-    if not found:
-        raise SpecError(f"no runs found for {', '.join(names)}; name a study or run directories")
-    return list(found.values())
-
-
-def _locations(name: str, root: str | Path) -> list[str]:
-    for place in (name, join(root, "runs", name)):
-        if Storage(place).exists("job.json"):
-            return [place]
-    for place in (name, join(root, "studies", name)):
-        if Storage(place).exists("study.json"):
-            study = json.loads(Storage(place).read("study.json"))["name"]
-            runs = list_runs(join(parent(place, 2), "runs"))
-            return [location for location in runs if read_run(location).job.study == study]
-    if name not in ("", ".") and Storage(name).exists("runs"):
-        return list_runs(join(name, "runs"))
-    known = [*Storage(join(root, "studies")).names(), *Storage(join(root, "runs")).names()]
-    raise SpecError(
-        f"{name!r} is no run directory, and no run or study under {root}{nearest(name, known)}"
+    able = [source for source in sources if source.curve is not None]
+    if not able:
+        raise ValueError(
+            f"none of {len(sources)} runs has a finished ratio yet; wait for the first one"
+        )
+    curves = [source.curve for source in able if source.curve is not None]
+    check_comparable(curves)
+    check_measured(curves, metric)
+    _check_ratios(curves, ratios)
+    at = tuple(ratios) or common_ratios(curves)
+    span = common_span(curves)
+    groups: dict[str, list[Curve]] = {}
+    for curve in curves:
+        groups.setdefault(_key(curve, by), []).append(curve)
+    rows = [_row(group, at, span, metric, by) for group in groups.values()]
+    reference = _find_baseline(rows, baseline)
+    paired = [_pair(row, reference, at, span, metric) for row in rows if row is not reference]
+    order = {row.name: index for index, row in enumerate(sorted(rows, key=_by_area))}
+    return Comparison(
+        sources=tuple(able),
+        curves=tuple(curves),
+        skipped=tuple(source.name for source in sources if source.curve is None),
+        metric=metric,
+        ratios=at,
+        span=span,
+        rows=tuple(sorted(rows, key=_by_area)),
+        baseline=reference.name,
+        paired=tuple(sorted((p for p in paired if p), key=lambda p: order[p.name])),
     )
 
 
-def compare_runs(runs: Sequence[Run], ratios: Sequence[float], metric: Metric) -> Comparison:
-    """Reads the curves of runs at ratios and groups runs that differ in their seed alone.
+def _by_area(row: ComparedRow) -> float:
+    return -row.area.mean
 
-    Args:
-        runs: Runs of one task.
-        ratios: Where to read; those that any run was asked for if empty.
-        metric: ``"val"`` or ``"test"``.
 
-    Raises:
-        ValueError: If the runs are of several tasks, none has a curve, or no run reaches a ratio
-            that was named.
-    """
-    pairs = [(run, curve_of(run)) for run in runs]
-    able = [(run, curve) for run, curve in pairs if curve is not None]
-    if not able:
-        raise ValueError(
-            f"none of {len(runs)} runs has a finished ratio yet; wait for the first one"
-        )
-    curves = [curve for _, curve in able]
-    check_comparable(curves)
+def _check_ratios(curves: Sequence[Curve], ratios: Sequence[float]) -> None:
     for ratio in ratios:
         if not any(covers(curve, ratio) for curve in curves):
             highest = max(float(curve.ratios[-1]) for curve in curves)
             raise ValueError(f"no run reaches ratio {ratio:g}; the highest is {highest:.3f}")
-    asked = {p.ratio_asked for c in curves for p in c.points if p.method != "dense"}
-    at = tuple(ratios) or tuple(sorted(asked))
-    groups: dict[str, list[Curve]] = {}
-    for run, curve in able:
-        groups.setdefault(_all_but_seed(run), []).append(curve)
+
+
+def common_ratios(curves: Sequence[Curve]) -> tuple[float, ...]:
+    """Returns the ratios that at least half of the runs were asked for, ascending.
+
+    If there are none, those that most runs were asked for.
+    """
+    asked = Counter(r for c in curves for r in {p.ratio_asked for p in c.points} if r > 0)
+    most = min(max(asked.values()), len(curves) / 2)
+    return tuple(sorted(ratio for ratio, count in asked.items() if count >= most))
+
+
+def common_span(curves: Sequence[Curve]) -> tuple[float, float]:
+    """Returns the range of ratios that all curves cover.
+
+    Raises:
+        ValueError: If there is none.
+    """
     low = max(float(curve.ratios[0]) for curve in curves)
     high = min(float(curve.ratios[-1]) for curve in curves)
     if not low < high:
         raise ValueError("the runs cover no common range of ratios; compare fewer of them")
-    methods = {curve.run: run.job.method for run, curve in able}
-    rows = [
-        _row(group, methods[group[0].run], at, (low, high), metric) for group in groups.values()
-    ]
-    rows.sort(key=lambda row: -row.area.mean)
-    skipped = tuple(run.job.run_id for run, curve in pairs if curve is None)
-    return Comparison(
-        tuple(run for run, _ in able), tuple(curves), skipped, metric, at, tuple(rows)
+    return low, high
+
+
+def _key(curve: Curve, by: By) -> str:
+    last = curve.last
+    if by == "method":
+        return json.dumps([last.model, last.method])
+    settings = dict(curve.settings)
+    return json.dumps(
+        [curve.study, curve.trial, last.model, last.method, settings], sort_keys=True
     )
-
-
-def _all_but_seed(run: Run) -> str:
-    job = run.job
-    config = {key: value for key, value in job.config.items() if key != "seed"}
-    return json.dumps([job.study, job.trial, job.model, job.data, config], sort_keys=True)
 
 
 def _row(
     group: Sequence[Curve],
-    method: str,
     ratios: Sequence[float],
     span: tuple[float, float],
     metric: Metric,
+    by: By,
 ) -> ComparedRow:
     values = [
         spread([value_at(curve, ratio, metric) for curve in group])
@@ -207,21 +309,88 @@ def _row(
         else None
         for ratio in ratios
     ]
-    areas = spread([area(curve, *span, metric) for curve in group])
-    return ComparedRow(group[0].run, method, tuple(values), areas)
+    last = group[0].last
+    return ComparedRow(
+        name=f"{last.method} on {last.model}" if by == "method" else group[0].run,
+        model=last.model,
+        method=last.method,
+        curves=tuple(group),
+        values=tuple(values),
+        area=spread([area(curve, *span, metric) for curve in group]),
+    )
+
+
+def _find_baseline(rows: Sequence[ComparedRow], name: str) -> ComparedRow:
+    if not name:
+        return rows[0]
+    for row in rows:
+        if name in (row.name, *(curve.run for curve in row.curves)):
+            return row
+    methods = [row for row in rows if row.method == name]
+    if methods:
+        return methods[0]
+    known = sorted({row.name for row in rows} | {row.method for row in rows})
+    raise ValueError(
+        f"--baseline names {name!r}, which is not among the compared runs; they are "
+        + ", ".join(known[:10])
+    )
+
+
+def _pair(
+    row: ComparedRow,
+    reference: ComparedRow,
+    ratios: Sequence[float],
+    span: tuple[float, float],
+    metric: Metric,
+) -> PairedRow | None:
+    """Subtracts the baseline's mean from the row's, seed by seed; ``None`` if none is shared."""
+    seeds = sorted(set(row.seeds) & set(reference.seeds))
+    if not seeds:
+        return None
+
+    def mean(of: ComparedRow, seed: int, ratio: float | None) -> float:
+        own = [curve for curve in of.curves if curve.last.seed == seed]
+        if ratio is None:
+            return spread([area(curve, *span, metric) for curve in own]).mean
+        return spread([value_at(curve, ratio, metric) for curve in own]).mean
+
+    def difference(ratio: float | None) -> Difference:
+        return paired_difference([mean(row, s, ratio) - mean(reference, s, ratio) for s in seeds])
+
+    both = zip(ratios, row.values, reference.values, strict=True)
+    values = [difference(ratio) if mine and theirs else None for ratio, mine, theirs in both]
+    return PairedRow(row.name, tuple(seeds), tuple(values), difference(None))
+
+
+def _or_dash(value: object) -> str:
+    return "-" if value is None else str(value)
 
 
 def _row_cells(row: ComparedRow) -> list[str]:
-    values = ["-" if value is None else str(value) for value in row.values]
-    return [row.name, row.method, str(row.num_seeds), *values, str(row.area)]
+    values = map(_or_dash, row.values)
+    return [row.name, row.method, str(len(row.seeds)), *values, str(row.area)]
 
 
 def _row_dict(row: ComparedRow) -> dict[str, Any]:
     return {
         "run": row.name,
+        "runs": [curve.run for curve in row.curves],
+        "model": row.model,
         "method": row.method,
-        "num_seeds": row.num_seeds,
+        "num_seeds": len(row.seeds),
         "values": [None if value is None else value.mean for value in row.values],
         "std": [None if value is None else value.std for value in row.values],
         "area": row.area.mean,
+    }
+
+
+def _paired_dict(row: PairedRow) -> dict[str, Any]:
+    def shown(value: Difference | None) -> dict[str, Any] | None:
+        return value and {"mean": value.mean, "low": value.low, "high": value.high}
+
+    return {
+        "run": row.name,
+        "seeds": list(row.seeds),
+        "values": [shown(value) for value in row.values],
+        "area": shown(row.area),
     }

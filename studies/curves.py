@@ -4,8 +4,8 @@ A curve is the dense model at ratio 0 and the points of one run, joined by strai
 ratio that was *reached*. Nothing is extrapolated beyond ``SLACK``.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from comp.results import CurvePoint
 from orchestration.store import Run
-from orchestration.store_tables import tables_of
+from orchestration.store_tables import CURVE_SCHEMA, tables_of
+from orchestration.tracked import params_of
 
 SLACK = 0.01  # runs end within the config's tolerance of the asked ratio, so 0.7975 stands for 0.8
 
@@ -33,12 +34,14 @@ class Curve:
         points: The dense model first, then ascending ratios.
         study: Name of the study, ``""`` for a run of its own.
         trial: Optuna's trial number, -1 outside a study.
+        settings: What decides the run's result beside its seed, as text by name.
     """
 
     run: str
     points: tuple[CurvePoint, ...]
     study: str = ""
     trial: int = -1
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.points:
@@ -127,6 +130,15 @@ def pareto_front(points: Iterable[CurvePoint], metric: Metric = "val") -> list[C
     return front
 
 
+def pareto_curve_points(
+    curves: Sequence[Curve], metric: Metric = "val"
+) -> list[tuple[Curve, CurvePoint]]:
+    """Returns the Pareto front over all points of some curves, each with the curve it is of."""
+    owners = {id(point): curve for curve in curves for point in curve.points}
+    points = [point for curve in curves for point in curve.points]
+    return [(owners[id(point)], point) for point in pareto_front(points, metric)]
+
+
 @dataclass(frozen=True)
 class Spread:
     """Mean and spread of one value over seeds.
@@ -157,6 +169,18 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(mean=float(np.mean(values)), std=std, num=len(values))
 
 
+def check_measured(curves: Sequence[Curve], metric: Metric) -> None:
+    """Raises a ``ValueError`` if a point of some curve has no value of the metric."""
+    without = [curve.run for curve in curves if not np.isfinite(curve.values(metric)).all()]
+    if without:
+        other = "val" if metric == "test" else "test"
+        shown = ", ".join(without[:5]) + (", ..." if len(without) > 5 else "")
+        raise ValueError(
+            f"{len(without)} of {len(curves)} runs lack {metric} at some ratio ({shown}); compare "
+            f"{other} instead, or leave these runs out"
+        )
+
+
 def check_comparable(curves: Sequence[Curve]) -> None:
     """Raises a ``ValueError`` if curves of different tasks would share an axis."""
     tasks = sorted({curve.last.task for curve in curves})
@@ -172,14 +196,29 @@ def curve_of(run: Run) -> Curve | None:
     points = tuple(run.points)
     if all(point.method == "dense" for point in points) and run.job.kind == "prune":
         return None
-    return Curve(run.job.run_id, points, run.job.study, run.job.trial) if points else None
+    if not points:
+        return None
+    job = run.job
+    return Curve(job.run_id, points, job.study, job.trial, settings_of(params_of(run)))
 
 
-def write_points(runs: Sequence[Run], path: Path) -> int:
+def settings_of(params: Mapping[str, object]) -> dict[str, str]:
+    """Returns all of a run's parameters but its seed, in MLflow's spelling."""
+    return {name: str(value) for name, value in params.items() if name != "seed"}
+
+
+def points_of_curve(curve: Curve) -> pa.Table:
+    """Returns a curve in the columns of ``curve.parquet``; places of records are null."""
+    own = {"study": curve.study, "trial": curve.trial, "run_id": curve.run}
+    rows = [own | point.to_dict() for point in curve.points]
+    return pa.Table.from_pylist(rows, schema=CURVE_SCHEMA)
+
+
+def write_points(runs: Sequence[Run | Curve], path: Path) -> int:
     """Writes the points of runs as one table in the columns of ``curve.parquet``.
 
     Args:
-        runs: Runs, finished or not.
+        runs: Runs, finished or not, or curves whose runs lie elsewhere.
         path: Ends in ``.csv`` or ``.parquet``.
 
     Returns:
@@ -190,7 +229,12 @@ def write_points(runs: Sequence[Run], path: Path) -> int:
     """
     if not runs or path.suffix not in (".csv", ".parquet"):
         raise ValueError(f"a table needs runs and a .csv or .parquet file, but got {path}")
-    table = pa.concat_tables([tables_of(run.job, run.records)["curve"] for run in runs])
+    table = pa.concat_tables(
+        points_of_curve(run)
+        if isinstance(run, Curve)
+        else tables_of(run.job, run.records)["curve"]
+        for run in runs
+    )
     temporary = path.with_name(f".{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":

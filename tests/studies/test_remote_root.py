@@ -16,12 +16,12 @@ from orchestration.storage import Storage, StorageError, join
 from orchestration.store import RunDirectory, read_run
 from studies.cli import cli
 from studies.cli_model import at_hand, find_model
-from studies.comparison import find_runs
 from studies.driver import StudyFailed
 from studies.errors import SpecError
 from studies.folder import StudyFolder
 from studies.report import read_report, write_report
 from studies.session import conduct_study, sync_study
+from studies.sources import find_runs
 from studies.study import Study, summarize
 from tests.object_store import SECRET, ObjectStore, serving
 from tests.studies.synthetic import RUNNER, make_spec, prune

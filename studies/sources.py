@@ -1,0 +1,122 @@
+"""Where compared curves come from: run directories, whole studies, MLflow tracking servers."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from comp.config import nearest
+from comp.results import StageRecord
+from orchestration.storage import Storage, join, parent
+from orchestration.store import Run, list_runs, read_run
+from orchestration.tracked import is_tracking_uri
+from studies.curves import Curve, curve_of, settings_of
+from studies.errors import SpecError
+
+if TYPE_CHECKING:
+    from orchestration.tracking_reader import TrackedRun
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run, wherever it was read.
+
+    Attributes:
+        name: Its run id.
+        curve: Its curve, ``None`` while it has no finished ratio.
+        stages: Its stages, as far as they are known.
+        run: Its directory, ``None`` if it was read from MLflow.
+    """
+
+    name: str
+    curve: Curve | None
+    stages: tuple[StageRecord, ...]
+    run: Run | None = None
+
+    @classmethod
+    def of(cls, run: Run) -> "Source":
+        """Makes a source of a run directory."""
+        return cls(run.job.run_id, curve_of(run), tuple(run.stages), run)
+
+
+def find_sources(
+    names: Sequence[str],
+    root: str | Path,
+    *,
+    experiments: Sequence[str] = (),
+    with_stages: bool = False,
+) -> list[Source]:
+    """Finds runs by directory, run id, study or tracking server, each once, in the order named.
+
+    Args:
+        names: What a person typed.
+        root: Where run ids and names of studies are looked up.
+        experiments: On tracking servers, the only experiments to read; all if empty.
+        with_stages: Read stages from tracking servers too, one file a run.
+
+    Raises:
+        SpecError: If a name is none of these, or no run is found.
+        TrackingError: If a tracking server cannot be read.
+    """
+    servers = [name for name in names if is_tracking_uri(name)]
+    sources = []
+    for name in names:
+        if name in servers:
+            sources += _from_server(name, experiments, with_stages=with_stages)
+        else:
+            sources += [Source.of(run) for run in find_runs([name], root)]
+    unique = {source.run.location if source.run else source.name: source for source in sources}
+    return list(unique.values())
+
+
+def _from_server(uri: str, experiments: Sequence[str], *, with_stages: bool) -> list[Source]:
+    from orchestration.tracking_reader import read_tracked
+
+    tracked = read_tracked(uri, experiments, with_stages=with_stages)
+    return [_of_tracked(run) for run in tracked]
+
+
+def _of_tracked(run: "TrackedRun") -> Source:
+    points = tuple(run.points)
+    curve = None
+    if any(point.method != "dense" for point in points):
+        curve = Curve(run.name, points, run.study, run.trial, settings_of(run.params))
+    return Source(run.name, curve, tuple(run.stages))
+
+
+def find_runs(names: Sequence[str], root: str | Path) -> list[Run]:
+    """Finds runs by directory, run id or study, each once and in the order named.
+
+    Raises:
+        SpecError: If a name is none of these.
+    """
+    found: dict[str, Run] = {}
+    for name in names:
+        for location in _locations(name, root):
+            run = read_run(location)
+            if run.job.kind == "prune":
+                found.setdefault(run.location, run)
+    if not found:
+        raise SpecError(
+            f"{', '.join(names)}: no pruning run has started there yet; name a study that has "
+            "run, or run directories"
+        )
+    return list(found.values())
+
+
+def _locations(name: str, root: str | Path) -> list[str]:
+    for place in (name, join(root, "runs", name)):
+        if Storage(place).exists("job.json"):
+            return [place]
+    for place in (name, join(root, "studies", name)):
+        if Storage(place).exists("study.json"):
+            study = json.loads(Storage(place).read("study.json"))["name"]
+            runs = list_runs(join(parent(place, 2), "runs"))
+            return [location for location in runs if read_run(location).job.study == study]
+    if name not in ("", ".") and Storage(name).exists("runs"):
+        return list_runs(join(name, "runs"))
+    known = [*Storage(join(root, "studies")).names(), *Storage(join(root, "runs")).names()]
+    raise SpecError(
+        f"{name!r} is no run directory, and no run or study under {root}{nearest(name, known)}"
+    )
