@@ -1,5 +1,6 @@
 """Runs side by side: the metric at asked ratios, mean and spread over seeds, area, differences."""
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -386,7 +387,7 @@ def _row_dict(row: ComparedRow) -> dict[str, Any]:
 
 def _paired_dict(row: PairedRow) -> dict[str, Any]:
     def shown(value: Difference | None) -> dict[str, Any] | None:
-        return value and {"mean": value.mean, "low": value.low, "high": value.high}
+        return None if value is None else dataclasses.asdict(value)
 
     return {
         "run": row.name,
