@@ -2,7 +2,8 @@
 
 ``Pruner.run`` is a generator of records and knows no logger, file format or actor. One run
 passes through all asked ratios: at each, the trajectory is copied, fine-tuned and tested, which
-gives a point of the accuracy-versus-ratio curve, and then goes on untouched.
+gives a point of the accuracy-versus-ratio curve, and then goes on untouched. ``trajectory`` leaves
+the points out, for callers that have them made elsewhere from a saved snapshot (``finish``).
 
 Source: CoMP (arXiv 2604.02956), Section 3 and Algorithm 1.
 """
@@ -13,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -44,11 +45,13 @@ from comp.masks import (
 from comp.measure import compare_latency
 from comp.models import attach
 from comp.modes import PruningMode, Stream
-from comp.results import CurvePoint, PruningResult, StageRecord
+from comp.results import CurvePoint, PruningResult, Snapshot, StageRecord
 from comp.shrink import migrate_optimizer_, num_parameters, shrink_
 from comp.strategy import FixedStrategy, LookaheadStrategy, MultiModeStrategy, Strategy
 from comp.tasks.base import Task
 from comp.upop import gradient_scores
+
+_Body = TypeVar("_Body", StageRecord, CurvePoint)
 
 MAX_PROBES = 12
 MAX_THRESHOLD = 64.0
@@ -145,6 +148,7 @@ class Pruner:
         self.records: list[StageRecord | CurvePoint] = []
         self.finished_model: nn.Module | None = None
         self._given_dense = dense
+        self._num_passed = 0  # asked ratios that the trajectory has reached
         self._step = 0
         self._dense_macs = 0.0
         self._macs = 0.0
@@ -200,16 +204,34 @@ class Pruner:
             BudgetUnreachable: If the kept minima forbid the ratio, or stages run out.
             NanLoss: If the loss of a stage or of a fine-tuning is not finite.
         """
+        for body in self.trajectory():
+            yield self.finish(body.ratio) if isinstance(body, Snapshot) else body
+
+    def trajectory(self) -> Iterator[StageRecord | CurvePoint | Snapshot]:
+        """Runs like ``run``, but only says where an asked ratio is reached.
+
+        Yields:
+            The dense model's point, then a record per stage, and a ``Snapshot`` where ``run`` has
+            a point. ``finish`` makes the point, here or in a pruner that restored what this one
+            saves at the snapshot, with the same result.
+
+        Raises:
+            BudgetUnreachable: If the kept minima forbid the ratio, or stages run out.
+            NanLoss: If the loss of a stage is not finite.
+        """
         if not self.records:
             yield self._note(self._begin())
         elif self._cost is None:
             self._measure_dense()
-        while len(self.points) <= len(self.config.ratios):
-            target = self.config.ratios[len(self.points) - 1]
-            done = self._macs <= self._target_macs(target) + self._slack
-            yield self._note(self._finish(target) if done else self._stage(target))
+        while self._num_passed < len(self.config.ratios):
+            target = self.config.ratios[self._num_passed]
+            if self._macs <= self._target_macs(target) + self._slack:
+                self._num_passed += 1
+                yield Snapshot(target)
+            else:
+                yield self._note(self._stage(target))
 
-    def _note(self, record: StageRecord | CurvePoint) -> StageRecord | CurvePoint:
+    def _note(self, record: _Body) -> _Body:
         self.records.append(record)
         return record
 
@@ -601,14 +623,24 @@ class Pruner:
 
     # --- one point -------------------------------------------------------------------------
 
-    def _finish(self, ratio: float) -> CurvePoint:
-        """Shrinks a copy of the trajectory, fine-tunes it, and reads the test split once."""
+    def finish(self, ratio: float) -> CurvePoint:
+        """Shrinks a copy of the trajectory, fine-tunes it, and reads the test split once.
+
+        Args:
+            ratio: That of the ``Snapshot`` at which this pruner stands.
+
+        Returns:
+            The ratio's point; ``finished_model`` is the model behind it.
+
+        Raises:
+            NanLoss: If the loss is not finite.
+        """
         before = self.stages[-1].val if self.stages else self.points[0].val
         model = copy.deepcopy(self.model)
         handle = handle_of(model)
         shrink_(handle)
         with torch.random.fork_rng(devices=self._rng_devices()):
-            torch.manual_seed(self.config.seed * 1_000_003 - len(self.points))
+            torch.manual_seed(self.config.seed * 1_000_003 - self._num_passed)
             tuned = fine_tune_(
                 model,
                 self.task,
@@ -622,7 +654,7 @@ class Pruner:
         test, test_cost = self._evaluate(model, "test")
         dense_ms, pruned_ms = self._latency(model)
         self.finished_model = model
-        return CurvePoint(
+        point = CurvePoint(
             model=self.model_name,
             task=self.task.name,
             method=self.config.method,
@@ -640,6 +672,7 @@ class Pruner:
             test_ratio=1.0 - test_cost.macs / self._dense_macs,
             layers=handle.left_in_layers(tuned.cost),
         )
+        return self._note(point)
 
     def _latency(self, model: nn.Module) -> tuple[float, float]:
         batches = self.task.batches("val", batch_size=self.config.eval_batch_size)
@@ -650,11 +683,16 @@ class Pruner:
 
     # --- saving ----------------------------------------------------------------------------
 
-    def save(self, directory: str | Path) -> None:
-        """Writes everything that ``restore`` needs, atomically; call it between two yields."""
+    def save(self, directory: str | Path, *, optimizer: bool = True) -> None:
+        """Writes everything that ``restore`` needs, atomically; call it between two yields.
+
+        Args:
+            directory: Made if it is missing.
+            optimizer: Whether stages are to go on from it; ``finish`` needs no moments.
+        """
         from comp.state import save_state
 
-        save_state(self, Path(directory))
+        save_state(self, Path(directory), optimizer=optimizer)
 
     def restore(self, directory: str | Path) -> None:
         """Takes over a saved state; this pruner must be fresh, with the same dense model.

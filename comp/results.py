@@ -115,6 +115,17 @@ class CurvePoint:
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A place on a trajectory: an asked ratio is reached, and its fine-tuning may begin.
+
+    Attributes:
+        ratio: The asked ratio.
+    """
+
+    ratio: float
+
+
 @dataclass
 class PruningResult:
     """Everything that ``comp.prune`` returns.

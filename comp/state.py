@@ -29,12 +29,13 @@ VERSION = 1
 SAVES_MEMORY = ("accumulate", "eval_batch_size")  # may change in the middle of a run
 
 
-def save_state(pruner: "Pruner", directory: Path) -> None:
+def save_state(pruner: "Pruner", directory: Path, *, optimizer: bool = True) -> None:
     """Writes a pruner's state; see the module docstring.
 
     Args:
         pruner: Between two yields of ``run``.
         directory: Made if it is missing; a state in it is replaced.
+        optimizer: Whether stages are to go on from it; a fine-tuning needs no moments.
     """
     directory.mkdir(parents=True, exist_ok=True)
     handle = pruner.handle
@@ -43,7 +44,7 @@ def save_state(pruner: "Pruner", directory: Path) -> None:
     for name, tensor in pruner.model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, torch.nn.Parameter) or names.get(id(tensor)) == name:
             tensors[f"model.{name}"] = tensor.detach()
-    for name, parameter in pruner.model.named_parameters():
+    for name, parameter in pruner.model.named_parameters() if optimizer else ():
         for key, value in pruner.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
     for name, mask in handle.masks.items():
@@ -58,6 +59,7 @@ def save_state(pruner: "Pruner", directory: Path) -> None:
         "strategy": pruner.strategy.state(),
         "records": [record_to_dict(record) for record in pruner.records],
         "step": pruner._step,
+        "num_passed": pruner._num_passed,
         "dense_macs": pruner._dense_macs,
         "macs": pruner._macs,
         "value": pruner._value,
@@ -121,6 +123,7 @@ def load_state(pruner: "Pruner", directory: Path) -> None:
     pruner.strategy.restore(state["strategy"])
     pruner.records = [record_from_dict(values) for values in state["records"]]
     pruner._step = state["step"]
+    pruner._num_passed = state["num_passed"]
     pruner._dense_macs = state["dense_macs"]
     pruner._macs = state["macs"]
     pruner._value = state["value"]

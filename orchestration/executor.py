@@ -17,11 +17,22 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 from orchestration import worker
-from orchestration.job import Failure, Job, JobEnd, Notice, Record, canonical_json
+from orchestration.job import (
+    Failure,
+    Fork,
+    Job,
+    JobEnd,
+    Notice,
+    Record,
+    Suspended,
+    canonical_json,
+)
 from orchestration.retry import Retries
+from orchestration.storage import StorageError
+from orchestration.store import write_failure
 
 
 @dataclass(frozen=True)
@@ -139,7 +150,7 @@ class StreamBroken(RuntimeError):
     """A worker's stream has a gap, ends early or contradicts what it gave before."""
 
 
-def accept(handle: Handle, item: worker.Item) -> Event | None:
+def accept(handle: Handle, item: Record | JobEnd | Failure) -> Event | None:
     """Books an item of a worker's stream on its job.
 
     Returns:
@@ -164,12 +175,75 @@ def accept(handle: Handle, item: worker.Item) -> Event | None:
     return Event(handle, item)
 
 
+class Family:
+    """Which forks are under way beside which jobs. Drivers see the jobs only."""
+
+    def __init__(self) -> None:
+        self._parents: dict[Handle, Handle] = {}  # by the fork
+        self._suspended: set[Handle] = set()
+
+    def add(self, parent: Handle, fork: Fork) -> Handle | None:
+        """Returns the handle of a new fork, or ``None`` if it is under way already."""
+        if any(handle.job.run_dir == fork.job.run_dir for handle in self._parents):
+            return None
+        handle = Handle(fork.job)
+        self._parents[handle] = parent
+        return handle
+
+    def head(self, handle: Handle) -> Handle:
+        """Returns the job that drivers know: the one that a fork was forked off, or itself."""
+        return self._parents.get(handle, handle)
+
+    def is_fork(self, handle: Handle) -> bool:
+        """Tells whether drivers do not know a job."""
+        return handle in self._parents
+
+    def forks_of(self, parent: Handle) -> list[Handle]:
+        """Returns the forks of a job that are under way."""
+        return [fork for fork, other in self._parents.items() if other is parent]
+
+    def suspend(self, parent: Handle) -> bool:
+        """Notes that a job waits for its forks; says whether it still has to."""
+        waits = bool(self.forks_of(parent))
+        if waits:
+            self._suspended.add(parent)
+        return waits
+
+    def end(self, fork: Handle) -> Handle | None:
+        """Notes that a fork has its point; returns its job if that waited for no other."""
+        parent = self._parents.pop(fork)
+        if parent not in self._suspended or self.forks_of(parent):
+            return None
+        self._suspended.discard(parent)
+        return parent
+
+    def forget(self, parent: Handle) -> list[Handle]:
+        """Notes that a job goes on no more; returns the forks that have become pointless."""
+        self._suspended.discard(parent)
+        forks = self.forks_of(parent)
+        for fork in forks:
+            del self._parents[fork]
+        return forks
+
+    @property
+    def num_suspended(self) -> int:
+        """Jobs that need no worker at present."""
+        return len(self._suspended)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._parents.clear()
+        self._suspended.clear()
+
+
 class InlineExecutor:
     """Runs jobs one after the other in this process: for tests, debuggers and single runs."""
 
     def __init__(self) -> None:
         self._waiting: deque[Handle] = deque()
-        self._current: tuple[Handle, Iterator[worker.Item], Retries] | None = None
+        self._family = Family()
+        self._current: tuple[Handle, Iterator[worker.Item]] | None = None
+        self._retries: dict[Handle, Retries] = {}
         self._cancelled: set[Handle] = set()
 
     @property
@@ -196,23 +270,62 @@ class InlineExecutor:
             if not self._waiting:
                 return []
             handle = self._waiting.popleft()
-            self._current = handle, worker.run(handle.job), Retries()
-            return [Event(handle, Notice("started", "runs in this process"))]
-        handle, stream, retries = self._current
-        cancelled = handle in self._cancelled
-        item = Failure("cancelled", "cancelled") if cancelled else next(stream)
+            self._current = handle, worker.run(handle.job)
+            kind: Literal["started", "forked"] = (
+                "forked" if self._family.is_fork(handle) else "started"
+            )
+            return [Event(self._family.head(handle), Notice(kind, "runs in this process"))]
+        handle, stream = self._current
+        is_cancelled = handle in self._cancelled
+        item = Failure("cancelled", "cancelled") if is_cancelled else next(stream)
         if isinstance(item, Failure):
+            retries = self._retries.setdefault(handle, Retries())
             if again := retries.next(handle.job, item.kind):
                 handle.job = again.job
-                self._current = handle, worker.run(handle.job), retries
+                self._current = handle, worker.run(handle.job)
                 text = f"{again.label} after its last stage: {item.message}"
-                return [Event(handle, Notice("retrying", text, handle.job.attempt))]
+                notice = Notice("retrying", text, handle.job.attempt)
+                return [Event(self._family.head(handle), notice)]
             item = replace(item, message=retries.verdict(item.kind, item.message))
+        return self._take(handle, item)
+
+    def _take(self, handle: Handle, item: worker.Item) -> list[Event]:
+        if isinstance(item, Fork):
+            fork = self._family.add(handle, item)
+            self._waiting.extend([fork] if fork else [])
+            return []
+        if isinstance(item, Suspended):
+            self._current = None
+            if not self._family.suspend(handle):
+                self._waiting.appendleft(handle)
+            return []
         event = accept(handle, item)
         if handle.done:
             self._current = None
-            self._cancelled.discard(handle)
+            self._retries.pop(handle, None)
+        if self._family.is_fork(handle):
+            return self._end_fork(handle, item) if handle.done else []
+        if handle.done:
+            self._drop_forks(handle)
         return [event] if event else []
+
+    def _end_fork(self, fork: Handle, item: worker.Item) -> list[Event]:
+        job = self._family.head(fork)
+        if isinstance(item, Failure):
+            self._drop_forks(job)
+            with contextlib.suppress(StorageError):
+                write_failure(job.job.run_dir, item)
+            event = accept(job, item)
+            return [event] if event else []
+        waiting = self._family.end(fork)
+        self._waiting.extendleft([waiting] if waiting else [])
+        return []
+
+    def _drop_forks(self, handle: Handle) -> None:
+        self._cancelled.discard(handle)
+        for fork in self._family.forget(handle):
+            if fork in self._waiting:
+                self._waiting.remove(fork)
 
     def events(self) -> Iterator[Event]:
         """Yields events until every submitted job has ended; jobs may be submitted meanwhile."""
@@ -221,8 +334,13 @@ class InlineExecutor:
 
     def cancel(self, handle: Handle) -> None:
         """Ends a job at its next record."""
-        if not handle.done:
-            self._cancelled.add(handle)
+        if handle.done:
+            return
+        self._cancelled.add(handle)
+        for fork in self._family.forks_of(handle):
+            if fork in self._waiting:
+                self._waiting.remove(fork)
+                self._waiting.extendleft(filter(None, [self._family.end(fork)]))
 
     @contextlib.contextmanager
     def hold(self, study: str) -> Iterator[None]:
@@ -232,6 +350,7 @@ class InlineExecutor:
     def close(self) -> None:
         """Forgets what is unfinished."""
         self._waiting.clear()
+        self._family.clear()
         self._current = None
 
     def __enter__(self) -> Self:

@@ -12,12 +12,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from comp.config import PruningConfig
 from comp.results import CurvePoint, StageRecord
 
-JobKind = Literal["prune", "dense"]
+JobKind = Literal["prune", "dense", "fine_tune"]
+FineTune = Literal["inline", "fork"]
 FailureKind = Literal[
     "algorithm", "memory", "infrastructure", "timeout", "storage", "cancelled", "preempted"
 ]
@@ -63,7 +64,12 @@ class Job:
         data: Data set directory, ``None`` for the embedded one.
         dense: ``CurvePoint.to_dict()`` of the dense reference, so that a study measures it once;
             ``None`` lets the run measure its own.
-        kind: ``"prune"``, or ``"dense"`` for a run whose only record is the dense point.
+        kind: ``"prune"``; ``"dense"`` for a run whose only record is the dense point; or
+            ``"fine_tune"`` for one that is forked off a pruning and has one point, see
+            ``orchestration/forks.py``.
+        fine_tune: Whether a pruning fine-tunes at each ratio itself (``"inline"``) or forks a job
+            off for it and goes on (``"fork"``). Results are the same.
+        ratio: What a fork fine-tunes at; ``None`` for the other kinds.
         spec_text: The YAML a person could run again; written to ``spec.yaml`` as it is.
         threads: CPU threads of torch in the worker.
         attempt: 0 at first; raised by the executor each time the job is tried again.
@@ -87,6 +93,8 @@ class Job:
     data: str | None = None
     dense: dict[str, Any] | None = None
     kind: JobKind = "prune"
+    fine_tune: FineTune = "inline"
+    ratio: float | None = None
     spec_text: str = ""
     threads: int = 1
     attempt: int = 0
@@ -96,8 +104,10 @@ class Job:
     def __post_init__(self) -> None:
         check_name("run_id", self.run_id)
         check_name("study", self.study)
-        if self.kind not in ("prune", "dense"):
-            raise ValueError(f"kind must be 'prune' or 'dense', but got {self.kind!r}")
+        for name, choices in (("kind", JobKind), ("fine_tune", FineTune)):
+            if getattr(self, name) not in get_args(choices):
+                known = ", ".join(get_args(choices))
+                raise ValueError(f"{name} must be one of {known}, but got {getattr(self, name)!r}")
         if self.threads < 1:
             raise ValueError(f"threads must be at least 1, but got {self.threads}")
 
@@ -105,8 +115,8 @@ class Job:
     def content_id(self) -> str:
         """16 hexadecimal digits that two jobs share exactly if they must give the same result.
 
-        Names, places, attempts, parts and threads do not count; model, task, data, config and
-        kind do.
+        Names, places, attempts, parts, threads and where fine-tunes run do not count; model, task,
+        data, config, kind and ratio do.
         """
         decisive = {
             "model": self.model,
@@ -114,6 +124,7 @@ class Job:
             "data": self.data,
             "config": self.config,
             "kind": self.kind,
+            "ratio": self.ratio,
             "runner": self.runner,
         }
         return hashlib.sha256(canonical_json(decisive).encode()).hexdigest()[:16]
@@ -197,6 +208,25 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Fork:
+    """A job that may run beside the one that yields this, from now on.
+
+    Attributes:
+        job: The fork. Naming one twice, also after it has ended, does no harm.
+    """
+
+    job: Job
+
+
+@dataclass(frozen=True)
+class Suspended:
+    """The last item of a stream that goes on once the job's forks have ended.
+
+    The worker is free meanwhile; the same job sent again, to any worker, takes it from here.
+    """
+
+
+@dataclass(frozen=True)
 class JobEnd:
     """The last item of a complete stream.
 
@@ -238,12 +268,13 @@ class Notice:
     """Something a person may want to know while a job goes on.
 
     Attributes:
-        kind: ``"started"`` (a worker took the job) or ``"retrying"`` (a worker was lost).
+        kind: ``"started"`` (a worker took the job), ``"forked"`` (one took a fork of it) or
+            ``"retrying"`` (a worker was lost).
         message: One sentence.
         attempt: The attempt that starts now.
     """
 
-    kind: Literal["started", "retrying"]
+    kind: Literal["started", "forked", "retrying"]
     message: str
     attempt: int = 0
 

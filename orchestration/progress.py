@@ -11,6 +11,8 @@ from comp.results import CurvePoint, StageRecord
 from orchestration.executor import Event, Handle
 from orchestration.job import Failure, Job, JobEnd, Notice, Record
 
+NEAR = 0.01  # how far below its last ratio a trajectory may end
+
 _WIDTHS = {"stage": 11, "mode": 15, "ratio": 15, "val": 10}
 
 
@@ -52,6 +54,9 @@ class Progress:
         state = self._states.setdefault(handle, _State(handle.job, time.time()))
         if isinstance(body, Record):
             self._note_record(state, body)
+        elif isinstance(body, Notice) and body.kind == "forked":
+            if state.stage is not None and state.ratio >= _target(state.job) - NEAR:
+                state.note = "tuning"
         elif isinstance(body, Notice):
             state.note = "" if body.kind == "started" else "retrying"
             state.began, state.ratio_then = time.time(), state.ratio

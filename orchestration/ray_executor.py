@@ -25,13 +25,14 @@ from orchestration import worker
 from orchestration.cluster import ClusterError, HeadWatch, check_fits, describe_room, hold_study
 from orchestration.executor import (
     Event,
+    Family,
     Handle,
     Resources,
     StreamBroken,
     accept,
     check_not_under_way,
 )
-from orchestration.job import Failure, FailureKind, Job, Notice
+from orchestration.job import Failure, FailureKind, Fork, Job, Notice, Suspended
 from orchestration.retry import RULES, Retries, Rule, describe_kill, spoils_process
 from orchestration.storage import StorageError
 from orchestration.store import write_failure
@@ -145,7 +146,8 @@ class RayExecutor:
         self._cancel_grace = cancel_grace
         self._pending: deque[Handle] = deque()
         self._resting: dict[Handle, float] = {}  # pending ones, until when they pause
-        self._retries: dict[Handle, Retries] = {}  # of every unfinished job
+        self._retries: dict[Handle, Retries] = {}  # of every unfinished job and fork
+        self._family = Family()
         self._starting: dict[Any, _Slot] = {}  # by the reference that tells it is free
         self._idle: list[_Slot] = []
         self._busy: dict[Any, _Slot] = {}  # by its stream
@@ -173,7 +175,12 @@ class RayExecutor:
     @property
     def free_slots(self) -> int:
         """Jobs that may be submitted before others must end."""
-        return max(0, self._num_slots - len(self._retries))
+        return max(0, self._num_slots - self._num_active)
+
+    @property
+    def _num_active(self) -> int:
+        """Jobs and forks that have a worker or wait for one."""
+        return len(self._retries) - self._family.num_suspended
 
     @property
     def places(self) -> list[tuple[Place, str | None]]:
@@ -237,7 +244,7 @@ class RayExecutor:
         if time.monotonic() < self._next_start:
             return
         num_actors = len(self._starting) + len(self._idle) + len(self._busy)
-        for _ in range(num_actors, min(self._num_slots, len(self._retries))):
+        for _ in range(num_actors, min(self._num_slots, self._num_active)):
             slot = _Slot(self._actor_class.remote(), time.monotonic())
             self._starting[slot.actor.where.remote()] = slot
 
@@ -261,8 +268,14 @@ class RayExecutor:
             slot.num_jobs += 1
             stream = slot.actor.run.options(num_returns="streaming").remote(handle.job)
             self._busy[stream] = slot
-            notice = Notice("started", f"runs in {slot.place}", handle.job.attempt)
-            self._outbox.append(Event(handle, notice))
+            self._outbox.append(self._started(handle, slot))
+
+    def _started(self, handle: Handle, slot: _Slot) -> Event:
+        head, attempt = self._family.head(handle), handle.job.attempt
+        if head is handle:
+            return Event(head, Notice("started", f"runs in {slot.place}", attempt))
+        text = f"ratio {handle.job.ratio:g} is fine-tuned in {slot.place}"
+        return Event(head, Notice("forked", text, attempt))
 
     def _next_pending(self) -> Handle | None:
         """Takes the first job that does not pause before a retry."""
@@ -295,6 +308,9 @@ class RayExecutor:
             if isinstance(item, Failure) and item.kind == "memory":
                 self._lose(stream, item.message, "memory", cause=item)
                 return
+            if isinstance(item, (Fork, Suspended)):
+                self._branch(stream, slot.handle, item)
+                return
             event = accept(slot.handle, item)
         except StopIteration:
             self._lose(stream, "its stream ended early")
@@ -307,21 +323,45 @@ class RayExecutor:
         except RayError as error:
             self._lose(stream, _last_line(error))
         else:
-            self._outbox += [event] if event else []
-            if slot.handle.done:
+            if event and slot.handle.done:
+                handle = slot.handle
                 spoiled = isinstance(item, Failure) and spoils_process(item.error)
                 self._release(stream, recycle=spoiled)
+                self._book_off(handle, event)
+            elif event and not self._family.is_fork(slot.handle):
+                self._outbox.append(event)
+
+    def _branch(self, stream: Any, handle: Handle, item: Fork | Suspended) -> None:
+        """Queues a fork before the jobs that have not begun, or frees its job's worker."""
+        if isinstance(item, Fork):
+            fork = self._family.add(handle, item)
+            if fork is not None:
+                self._retries[fork] = Retries(self._rules)
+                self._pending.appendleft(fork)
+            return
+        self._release(stream, recycle=False)
+        if not self._family.suspend(handle):
+            self._pending.appendleft(handle)
 
     def _release(self, stream: Any, *, recycle: bool) -> None:
-        """Books a finished job off and makes its actor available, or replaces it."""
+        """Makes an actor available, or replaces it."""
         slot = self._busy.pop(stream)
-        assert slot.handle is not None
-        del self._retries[slot.handle]
         slot.handle = None
         if recycle or (self._recycle_after and slot.num_jobs >= self._recycle_after):
             _kill(slot)
         else:
             self._idle.append(slot)
+
+    def _book_off(self, handle: Handle, event: Event) -> None:
+        """Delivers the last event of a job; a fork's concerns the job that it belongs to."""
+        del self._retries[handle]
+        if not self._family.is_fork(handle):
+            self._drop_forks(handle)
+            self._outbox.append(event)
+        elif isinstance(event.body, Failure):
+            self._stop(self._family.head(handle), event.body)
+        elif (waiting := self._family.end(handle)) is not None:
+            self._pending.appendleft(waiting)
 
     def _lose(
         self,
@@ -343,7 +383,8 @@ class RayExecutor:
             self._resting[handle] = time.monotonic() + again.pause
             self._pending.appendleft(handle)
             text = f"{again.label} after its last stage; lost {slot.place}: {reason}"
-            self._outbox.append(Event(handle, Notice("retrying", text, handle.job.attempt)))
+            notice = Notice("retrying", text, handle.job.attempt)
+            self._outbox.append(Event(self._family.head(handle), notice))
             return
         text, attempts = retries.verdict(kind, reason), handle.job.attempt + 1
         last = replace(cause or Failure(kind, text), message=text, attempts=attempts)
@@ -353,9 +394,9 @@ class RayExecutor:
         if failure.kind != "cancelled":
             with contextlib.suppress(StorageError):
                 write_failure(handle.job.run_dir, failure)
-        del self._retries[handle]
         event = accept(handle, failure)
-        self._outbox += [event] if event else []
+        assert event is not None
+        self._book_off(handle, event)
 
     def _drop_silent(self) -> None:
         """Gives up workers that are silent for longer than allowed."""
@@ -385,8 +426,22 @@ class RayExecutor:
 
     def cancel(self, handle: Handle) -> None:
         """Ends a job; its worker stays warm if it finishes its stage within ``cancel_grace``."""
-        if handle not in self._retries:
-            return
+        if handle in self._retries:
+            attempts = handle.job.attempt + 1
+            self._stop(handle, Failure("cancelled", "cancelled", attempts=attempts))
+
+    def _stop(self, handle: Handle, failure: Failure) -> None:
+        """Ends a job for a reason that its worker does not know."""
+        self._withdraw(handle)
+        self._give_up(handle, failure)
+
+    def _drop_forks(self, handle: Handle) -> None:
+        for fork in self._family.forget(handle):
+            if self._retries.pop(fork, None) is not None:
+                self._withdraw(fork)
+
+    def _withdraw(self, handle: Handle) -> None:
+        """Takes a job from the queue, or from its worker as soon as that has finished a stage."""
         if handle in self._pending:
             self._pending.remove(handle)
             self._resting.pop(handle, None)
@@ -396,8 +451,6 @@ class RayExecutor:
                 ray.cancel(stream)
                 slot.handle, slot.since = None, time.monotonic()
                 self._starting[slot.actor.where.remote()] = slot
-        attempts = handle.job.attempt + 1
-        self._give_up(handle, Failure("cancelled", "cancelled", attempts=attempts))
 
     def hold(self, study: str) -> AbstractContextManager[None]:
         """Keeps other drivers of the cluster off a study.
@@ -416,6 +469,7 @@ class RayExecutor:
                 _kill(slot)
         for collection in (self._starting, self._idle, self._busy, self._pending, self._retries):
             collection.clear()
+        self._family.clear()
 
     def __enter__(self) -> Self:
         return self

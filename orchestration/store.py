@@ -33,6 +33,7 @@ from orchestration.store_tables import (
 )
 
 STATES_KEPT = 2
+FORKS = "forks"
 
 Outcome = Literal["finished", "failed", "unfinished"]
 
@@ -117,7 +118,9 @@ class RunDirectory:
             owner = {"token": run._token, "attempt": job.attempt, **_place()}
             run._write_json("owner.json", owner, durable=False)
             run.storage.remove("failure.json")
-            run._drop_states(newer_than=len(run.records) - 1)
+            for name in run.storage.names("state"):
+                if int(name) >= len(run.records):  # its record never became durable
+                    run.storage.remove(f"state/{name}")
         return run
 
     def append(
@@ -131,7 +134,8 @@ class RunDirectory:
 
         Args:
             body: The finished stage or point.
-            save: Writes the whole state of the run into the directory it is given.
+            save: Writes the whole state of the run into the directory it is given; ``None`` if
+                the run goes on behind this record as it would have without it.
             models: By name, what writes a finished model into the directory it is given.
 
         Returns:
@@ -147,20 +151,24 @@ class RunDirectory:
             self.storage.write_tree(f"model/{name}", write)
         if save is not None:
             self.storage.write_tree(f"state/{record.index:05d}", save)
-        self._check_still_owned()
+        self.check_still_owned()
         self._write_json(f"records/{record.index:05d}.json", record.to_dict())
         self.records.append(record)
-        self._drop_states(older_than=record.index - STATES_KEPT + 1)
+        for name in self.storage.names("state")[:-STATES_KEPT] if save is not None else ():
+            self.storage.remove(f"state/{name}")
         return record
 
     @contextlib.contextmanager
     def latest_state(self) -> Iterator[Path]:
-        """Gives the checkpoint behind the last record as a local directory.
+        """Gives the newest checkpoint as a local directory.
 
         Raises:
-            FileNotFoundError: If that record came without a checkpoint.
+            FileNotFoundError: If no record came with one.
         """
-        with self.storage.tree(f"state/{len(self.records) - 1:05d}") as path:
+        names = self.storage.names("state")
+        if not names:
+            raise FileNotFoundError(f"{self.storage.location} has no checkpoint")
+        with self.storage.tree(f"state/{names[-1]}") as path:
             yield path
 
     def finish(self) -> JobEnd:
@@ -168,7 +176,7 @@ class RunDirectory:
         end = JobEnd(len(self.records), digest_of(self.records))
         if self.finished:
             return end
-        self._check_still_owned()
+        self.check_still_owned()
         for name, table in tables_of(self.job, self.records).items():
             self.storage.write(f"{name}.parquet", to_parquet(table))
         self._write_json("report.json", _report(self.job, self.records))
@@ -183,7 +191,7 @@ class RunDirectory:
         }
         self._write_json("manifest.json", manifest)
         self.finished = True
-        for name in ("records", "state", "owner.json"):
+        for name in ("records", "state", FORKS, "owner.json"):
             self.storage.remove(name)
         return end
 
@@ -191,18 +199,14 @@ class RunDirectory:
         """Notes why the run will not go on; opening the directory again forgets it."""
         write_failure(self.job.run_dir, failure)
 
-    def _check_still_owned(self) -> None:
+    def check_still_owned(self) -> None:
+        """Raises ``Fenced`` if another worker owns the directory by now."""
         owner = _read_json(self.storage, "owner.json") or {}
         if owner.get("token") != self._token:
             raise Fenced(
                 f"{self.storage.location} was taken over by process {owner.get('pid')} on "
                 f"{owner.get('host')}; this worker stops"
             )
-
-    def _drop_states(self, *, older_than: int = 0, newer_than: int = 2**31) -> None:
-        for name in self.storage.names("state"):
-            if not older_than <= int(name) <= newer_than:
-                self.storage.remove(f"state/{name}")
 
     def _write_json(self, name: str, values: Mapping[str, Any], *, durable: bool = True) -> None:
         self.storage.write(name, (json.dumps(values, indent=1) + "\n").encode(), durable=durable)
@@ -318,7 +322,7 @@ def _check_owner(job: Job, header: Mapping[str, Any], location: str) -> None:
     )
 
 
-_DECISIVE = ("study", "model", "task", "data", "kind", "runner")
+_DECISIVE = ("study", "model", "task", "data", "kind", "ratio", "runner")
 
 
 def _report(job: Job, records: Sequence[Record]) -> dict[str, Any]:

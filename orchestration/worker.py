@@ -10,18 +10,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comp.results import CurvePoint
-from orchestration.job import Failure, FailureKind, Job, JobEnd, Record
+from comp.results import CurvePoint, Snapshot
+from orchestration import forks
+from orchestration.job import Failure, FailureKind, Fork, Job, JobEnd, Record, Suspended
 from orchestration.retry import describe_memory, kind_of
-from orchestration.storage import StorageError
-from orchestration.store import Fenced, RunDirectory
+from orchestration.storage import Storage, StorageError, last_name
+from orchestration.store import FORKS, Fenced, RunDirectory
 
 if TYPE_CHECKING:
     from comp.models import LoadedModel
+    from comp.pruner import Pruner
     from comp.tasks.base import Task
 
-Item = Record | JobEnd | Failure
-Runner = Callable[[Job, RunDirectory], Iterator[Record]]
+Item = Record | Fork | Suspended | JobEnd | Failure
+Runner = Callable[[Job, RunDirectory], Iterator[Record | Fork | Suspended]]
 
 
 def run(job: Job, *, stop: Callable[[], FailureKind | None] = lambda: None) -> Iterator[Item]:
@@ -36,7 +38,8 @@ def run(job: Job, *, stop: Callable[[], FailureKind | None] = lambda: None) -> I
         stop: Asked after every new record; a kind ends the stream with a ``Failure`` of it.
 
     Yields:
-        ``Record`` by ascending index, then one ``JobEnd`` or ``Failure``.
+        ``Record`` by ascending index with ``Fork`` between them, then one ``JobEnd``, ``Failure``
+        or ``Suspended``.
 
     Raises:
         Fenced: If another worker took the run over.
@@ -45,14 +48,17 @@ def run(job: Job, *, stop: Callable[[], FailureKind | None] = lambda: None) -> I
     try:
         directory = RunDirectory.open(job)
         # No "yield from" here: Ray drives generators with send(), which lists do not have.
-        for record in list(directory.records):
-            yield record
+        replay: list[Item] = [*directory.records]
+        for item in replay:
+            yield item
         if not directory.finished:
-            for record in _runner(job.runner)(job, directory):
-                yield record
+            for item in _runner(job.runner)(job, directory):
+                yield item
+                if isinstance(item, Suspended):
+                    return
                 kind = stop()
                 if kind is not None:
-                    yield Failure(kind, f"stopped after record {record.index}")
+                    yield Failure(kind, f"stopped after record {len(directory.records) - 1}")
                     return
         yield directory.finish()
     except Fenced:
@@ -92,21 +98,35 @@ def _runner(name: str) -> Runner:
     return found
 
 
-def prune(job: Job, directory: RunDirectory) -> Iterator[Record]:
-    """The default runner: loads what the job names, and prunes or measures it.
+def prune(job: Job, directory: RunDirectory) -> Iterator[Record | Fork | Suspended]:
+    """The default runner: loads what the job names, and prunes, fine-tunes or measures it.
 
     Yields:
-        The records that are new.
+        The records that are new, and what ``orchestration/forks.py`` adds.
     """
     import torch
 
     torch.set_num_threads(job.threads)
+    if job.kind == "prune" and forks.is_over(directory):
+        yield from _wait_for_forks(directory)
+        return
     loaded, task = _load(job.model, job.task, job.data)
-    work = measure_dense if job.kind == "dense" else prune_loaded
     try:
-        yield from work(job, directory, loaded, task)
+        yield from work_on(job, directory, loaded, task)
     finally:
         gc.collect()  # hooks make cycles, and the next run in this process needs the memory
+
+
+def work_on(
+    job: Job, directory: RunDirectory, loaded: "LoadedModel", task: "Task"
+) -> Iterator[Record | Fork | Suspended]:
+    """Does what ``prune`` does with a model and a task that are loaded; both stay as they are."""
+    if job.kind == "dense":
+        yield from measure_dense(job, directory, loaded, task)
+    elif job.kind == "fine_tune":
+        yield from fine_tune_snapshot(job, directory, loaded, task)
+    else:
+        yield from prune_loaded(job, directory, loaded, task)
 
 
 def measure_dense(
@@ -123,26 +143,71 @@ def measure_dense(
 
 def prune_loaded(
     job: Job, directory: RunDirectory, loaded: "LoadedModel", task: "Task"
-) -> Iterator[Record]:
+) -> Iterator[Record | Fork | Suspended]:
     """Prunes a copy of a model from where ``directory`` left off.
 
     Args:
-        job: Gives the config and the dense point.
+        job: Gives the config, the dense point and where fine-tunes run.
         directory: Takes records, checkpoints and finished models.
         loaded: The dense model; stays as it is.
         task: The task.
 
     Yields:
-        The records that are new.
+        The records that are new, and forks.
 
     Raises:
         BudgetUnreachable: If the kept minima forbid a ratio.
         NanLoss: If the loss stops being finite.
     """
-    from comp.checkpoint import save_pruned
+    if not forks.is_over(directory):
+        pruner = _pruner(job, loaded, task)
+        if directory.records:
+            with directory.latest_state() as state:
+                pruner.restore(state)
+        yield from forks.go_on_with(directory)
+        for body in pruner.trajectory():
+            if not isinstance(body, Snapshot):
+                yield directory.append(body, save=pruner.save)
+            elif job.fine_tune == "fork":
+                yield forks.leave_snapshot(directory, body.ratio, pruner)
+            else:
+                point = pruner.finish(body.ratio)
+                models = {forks.ratio_name(body.ratio): _saver(job, loaded, pruner, point)}
+                yield directory.append(point, save=pruner.save, models=models)
+            yield from forks.adopt(directory)
+    yield from _wait_for_forks(directory)
+
+
+def _wait_for_forks(directory: RunDirectory) -> Iterator[Record | Fork | Suspended]:
+    yield from forks.go_on_with(directory)
+    yield from forks.suspend_if_incomplete(directory)
+
+
+def fine_tune_snapshot(
+    job: Job, directory: RunDirectory, loaded: "LoadedModel", task: "Task"
+) -> Iterator[Record]:
+    """Makes the point of a forked job, and puts the finished model beside its trajectory's.
+
+    Raises:
+        NanLoss: If the loss stops being finite.
+    """
+    if directory.records:
+        return
+    assert job.ratio is not None
+    pruner, trajectory = _pruner(job, loaded, task), Storage(forks.trajectory_of(job))
+    with trajectory.tree(f"{FORKS}/{forks.ratio_name(job.ratio)}/{forks.SNAPSHOT}") as state:
+        pruner.restore(state)
+    point = pruner.finish(job.ratio)
+    save = _saver(job, loaded, pruner, point)
+    directory.check_still_owned()
+    trajectory.write_tree(f"model/{forks.ratio_name(job.ratio)}", save)
+    yield directory.append(point)
+
+
+def _pruner(job: Job, loaded: "LoadedModel", task: "Task") -> "Pruner":
     from comp.pruner import Pruner
 
-    pruner = Pruner(
+    return Pruner(
         copy.deepcopy(loaded.model),
         task,
         job.pruning_config,
@@ -150,18 +215,19 @@ def prune_loaded(
         dense=CurvePoint.from_dict(job.dense) if job.dense else None,
         dense_model=loaded.model,
     )
-    if directory.records:
-        with directory.latest_state() as state:
-            pruner.restore(state)
-    for body in pruner.run():
-        models: dict[str, Callable[[Path], None]] = {}
-        if isinstance(body, CurvePoint) and body.ratio_asked > 0:
-            assert pruner.finished_model is not None
-            card = _card(job, loaded, body)
-            models[model_name(body.ratio_asked)] = functools.partial(
-                save_pruned, pruner.finished_model, tokenizer=loaded.tokenizer, card=card
-            )
-        yield directory.append(body, save=pruner.save, models=models)
+
+
+def _saver(
+    job: Job, loaded: "LoadedModel", pruner: "Pruner", point: CurvePoint
+) -> Callable[[Path], None]:
+    """Returns what writes the model behind a point into a directory."""
+    from comp.checkpoint import save_pruned
+
+    assert pruner.finished_model is not None
+    card = _card(job, loaded, point)
+    return functools.partial(
+        save_pruned, pruner.finished_model, tokenizer=loaded.tokenizer, card=card
+    )
 
 
 def _card(job: Job, loaded: "LoadedModel", point: CurvePoint) -> dict[str, Any]:
@@ -169,15 +235,10 @@ def _card(job: Job, loaded: "LoadedModel", point: CurvePoint) -> dict[str, Any]:
     return {
         "task": job.task,
         "license": loaded.card.get("license", ""),
-        "run": job.run_id,
+        "run": last_name(forks.trajectory_of(job) if job.kind == "fine_tune" else job.run_dir),
         "point": point.to_dict(),
         "dense": {"name": loaded.name, "source": job.model, **loaded.card},
     }
-
-
-def model_name(ratio: float) -> str:
-    """Returns the directory of a finished model under ``model/``: ``"ratio-700"`` for 0.7."""
-    return f"ratio-{round(ratio * 1000):03d}"
 
 
 @functools.lru_cache(maxsize=2)

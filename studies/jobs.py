@@ -66,6 +66,7 @@ def _job(spec: RunSpec, run_id: str, config: PruningConfig, *, study: str, runne
         config=config.to_dict(),
         seed=config.seed,
         method=config.method,
+        fine_tune=spec.fine_tune,
         run_dir=join(absolute(spec.root), "runs", run_id),
         spec_text=write_spec(again),
         threads=spec.resources.threads,

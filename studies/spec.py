@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import Discriminator, Field, PlainValidator, Tag, field_validator, model_validator
 
 from comp.config import PruningConfig
-from orchestration.job import check_name
+from orchestration.job import FineTune, check_name
 from orchestration.storage import absolute
 from studies.domains import CONFIG_KEYS, TARGET_RATIO, Config, Domain, Number, Section, check_keys
 from studies.space import check_space
@@ -152,7 +152,12 @@ class ResourcesSection(Section):
 
 
 class RunSpec(Section):
-    """What both kinds of spec say."""
+    """What both kinds of spec say.
+
+    Attributes:
+        fine_tune: Where the model of each ratio is fine-tuned: ``"inline"`` between two stages of
+            its trajectory, or in a ``"fork"``, a job beside it. Results are the same.
+    """
 
     version: Literal[1] = 1
     name: str
@@ -160,6 +165,7 @@ class RunSpec(Section):
     task: str
     data: str | None = None
     pruning: Config = PruningConfig()
+    fine_tune: FineTune = "inline"
     resources: ResourcesSection = ResourcesSection()
     tracking: Tracking = Tracking()
     root: str = "comp-runs"
@@ -202,6 +208,7 @@ class StudySpec(RunSpec):
     """
 
     kind: Literal["study"]
+    fine_tune: FineTune = "fork"
     space: dict[str, Domain]
     objective: Objective
     n_trials: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] = 20
@@ -264,6 +271,7 @@ Spec = Annotated[PruneSpec | StudySpec, Field(discriminator="kind")]
 RUNTIME_KEYS = (
     "n_trials",
     "parallel",
+    "fine_tune",
     "deadline_minutes",
     "stage_timeout_minutes",
     "resources",

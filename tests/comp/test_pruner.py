@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from comp import results
 from comp.checkpoint import load_pruned
 from comp.config import METHODS, PruningConfig
 from comp.errors import BudgetUnreachable, NanLoss, UnsupportedModelError
@@ -289,6 +290,21 @@ def test_a_curve_passes_through_what_a_separate_run_gives(curve: Run) -> None:
     assert expected[-1]["ratio_asked"] == 0.15
     # Neither did the caller's random numbers matter, nor were any of them used up.
     assert torch.equal(torch.rand(1), drawn[1:])
+
+
+def test_points_made_elsewhere_from_snapshots_are_those_of_the_run(
+    curve: Run, tmp_path: Path
+) -> None:
+    values: dict[str, Any] = {"ratios": (0.15, 0.3), "shrink": curve.pruner.config.shrink}
+    pruner = pruner_of(**values)
+    for body in pruner.trajectory():
+        if isinstance(body, results.Snapshot):
+            pruner.save(tmp_path / str(body.ratio), optimizer=False)
+    assert [comparable(s) for s in pruner.stages] == [comparable(s) for s in curve.pruner.stages]
+    for point in curve.pruner.points[1:]:
+        elsewhere = pruner_of(**values)
+        elsewhere.restore(tmp_path / str(point.ratio_asked))
+        assert comparable(elsewhere.finish(point.ratio_asked)) == comparable(point)
 
 
 def test_another_seed_gives_another_run(curve: Run) -> None:

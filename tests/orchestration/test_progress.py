@@ -78,6 +78,15 @@ def test_stages_beyond_the_plan_are_estimated_from_the_ratio_reached(tmp_path: P
     assert shown == [f"{planned}/~{2 * planned}", f"{2 * planned}/{2 * planned}"]
 
 
+def test_a_trajectory_at_its_end_shows_that_its_forks_are_at_work(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    progress = Progress(stream, live=True)
+    handle = Handle(make_job(tmp_path))
+    progress.update(Event(handle, Record(0, make_stage(4), time.time())))
+    progress.update(Event(handle, Notice("forked", "ratio 0.5 is fine-tuned in process 7")))
+    assert screen_of(stream.getvalue())[0].endswith("tuning")
+
+
 def test_a_lost_worker_is_said_on_a_line_that_stays(tmp_path: Path) -> None:
     stream = io.StringIO()
     progress = Progress(stream, live=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestration import worker
+from orchestration import forks, worker
 from orchestration.job import JobEnd, Notice
 from orchestration.store import Run, read_run
 from tests.orchestration.tiny_trials import facts, loaded, make_tiny_job
@@ -58,7 +58,7 @@ def test_the_finished_models_load_and_have_the_points_size(calm: Run) -> None:
     from comp.models import load_model
 
     for point in calm.points[1:]:
-        name = worker.model_name(point.ratio_asked)
+        name = forks.ratio_name(point.ratio_asked)
         again = load_model(Path(calm.location) / "model" / name)
         assert sum(p.numel() for p in again.model.parameters()) == point.params
         assert again.card["run"] == "s-0000"

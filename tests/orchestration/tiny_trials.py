@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from comp.config import PruningConfig
 from comp.models import LoadedModel
 from comp.tasks.base import Batch
-from orchestration import worker
-from orchestration.job import Job, Record
+from orchestration import forks, worker
+from orchestration.job import Fork, Job, Record, Suspended
 from orchestration.store import RunDirectory
 from tests.orchestration.trials import make_job
 from tests.tiny import FAMILIES, TinyTask
@@ -39,8 +40,10 @@ CLOCKS = ("seconds", "latency_ms", "dense_latency_ms")
 
 
 def make_tiny_job(directory: Path, **changes: object) -> Job:
-    job = make_job(directory, config=CONFIG.to_dict(), task="tiny", **changes)
-    return dataclasses.replace(job, runner="tests.orchestration.tiny_trials:prune_tiny")
+    own = {"config": CONFIG.to_dict(), "task": "tiny"} | changes
+    runner = own.pop("runner", "prune_tiny")
+    job = make_job(directory, **own)  # type: ignore[arg-type]
+    return dataclasses.replace(job, runner=f"tests.orchestration.tiny_trials:{runner}")
 
 
 @functools.cache
@@ -52,6 +55,8 @@ def loaded() -> LoadedModel:
 class MortalTask(TinyTask):
     """Kills its process at a training step if the file ``kill-<run id>`` says so.
 
+    Every pass over the test split adds a line to the file ``reads`` beside it.
+
     Args:
         order: The file; it holds the number of the step, counted in this process.
     """
@@ -59,6 +64,14 @@ class MortalTask(TinyTask):
     def __init__(self, order: Path) -> None:
         super().__init__(FAMILIES["blip-nlvr"], samples=16)
         self.order, self.steps = order, 0
+
+    def batches(
+        self, split: str, *, batch_size: int, num_samples: int | None = None
+    ) -> Iterator[Batch]:
+        if split == "test":
+            with self.order.with_name("reads").open("a") as reads:
+                reads.write(f"{self.order.name}\n")
+        yield from super().batches(split, batch_size=batch_size, num_samples=num_samples)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         self.steps += 1
@@ -68,11 +81,32 @@ class MortalTask(TinyTask):
         return super().loss(model, batch)
 
 
-def prune_tiny(job: Job, directory: RunDirectory) -> Iterator[Record]:
+def prune_tiny(job: Job, directory: RunDirectory) -> Iterator[Record | Fork | Suspended]:
     torch.set_num_threads(1)
-    task = MortalTask(Path(job.run_dir).parent / f"kill-{job.run_id}")
-    work = worker.measure_dense if job.kind == "dense" else worker.prune_loaded
-    yield from work(job, directory, copy.copy(loaded()), task)
+    trajectory = forks.trajectory_of(job) if job.kind == "fine_tune" else job.run_dir
+    task = MortalTask(Path(trajectory).parent / f"kill-{job.run_id}")
+    yield from worker.work_on(job, directory, copy.copy(loaded()), task)
+
+
+def prune_while_the_first_fork_waits(
+    job: Job, directory: RunDirectory
+) -> Iterator[Record | Fork | Suspended]:
+    """The fork of ratio 0.1 does nothing until its trajectory has reached ratio 0.2."""
+    last = Path(forks.trajectory_of(job), "forks", "ratio-200", "snapshot")
+    deadline = time.monotonic() + 120
+    while job.ratio == 0.1 and not last.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the trajectory did not go on beside its fork")
+        time.sleep(0.05)
+    yield from prune_tiny(job, directory)
+
+
+def prune_with_broken_forks(
+    job: Job, directory: RunDirectory
+) -> Iterator[Record | Fork | Suspended]:
+    if job.kind == "fine_tune":
+        raise FloatingPointError(f"the loss of the fork at {job.ratio} is nan")
+    yield from prune_tiny(job, directory)
 
 
 def facts(records: tuple[Record, ...]) -> list[dict[str, object]]:
