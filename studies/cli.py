@@ -7,6 +7,7 @@ from studies.cli_cluster import cluster
 from studies.cli_data import data, presets
 from studies.cli_model import diagnose, evaluate, measure
 from studies.cli_run import compare, demo, prune
+from studies.cli_search import enqueue, proxy
 from studies.cli_study import study
 from studies.cli_train import models, train
 
@@ -27,6 +28,8 @@ def cli() -> None:
     """
 
 
+for _command in (enqueue, proxy):
+    study.add_command(_command)
 for _command in (
     demo,
     prune,

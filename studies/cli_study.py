@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from studies.spec import StudySpec
 
 DEFAULT_ROOT = "comp-runs"
+LAST_TRIALS = 40  # that status shows
 GO_ON = "the same command goes on"
 inline_option = click.option(
     "--inline", is_flag=True, help="One trial after the other in this process, without Ray."
@@ -90,31 +91,43 @@ def resume(
 
 @study.command(epilog=example("comp study status demo-vqa"))
 @click.argument("name", required=False)
+@click.option("--all", "everything", is_flag=True, help="All trials, not the last ones.")
 @root_option
 @common
-def status(name: str | None, root: str | None, as_json: bool) -> None:
+def status(name: str | None, everything: bool, root: str | None, as_json: bool) -> None:
     """Show the trials of a study, or all studies."""
     from studies.folder import StudyFolder
-    from studies.report import columns, trial_cells, trial_dict
-    from studies.study import summarize
+    from studies.report import columns, trial_cells, trial_dict, value_text
+    from studies.summary import summarize
 
     if name is None:
         base = root or DEFAULT_ROOT
         found = [summarize(folder) for folder in StudyFolder.all_under(base)]
         lines = [f"{one.name}: {show_counts(one.counts)} of {one.n_trials}" for one in found]
-        values = [{"name": one.name, "counts": one.counts} for one in found]
-        answer(as_json, {"studies": values}, "\n".join(lines) or f"no studies under {base}")
+        studies = [{"name": one.name, "counts": one.counts} for one in found]
+        answer(as_json, {"studies": studies}, "\n".join(lines) or f"no studies under {base}")
         return
     with mistakes():
         folder = find_folder(name, root)
     summary = summarize(folder)
-    values = [trial_dict(trial) for trial in summary.trials]
-    head = f"{name}: {show_counts(summary.counts)} of {summary.n_trials} trials"
-    answer(
-        as_json,
-        {"study": name, "counts": summary.counts, "n_trials": summary.n_trials, "trials": values},
-        "\n".join([head, *columns(trial_cells(summary.trials))]),
-    )
+    values = {
+        "study": name,
+        "counts": summary.counts,
+        "n_trials": summary.n_trials,
+        "front": [trial.number for trial in summary.front],
+        "trials": [trial_dict(trial) for trial in summary.trials],
+    }
+    lines = [f"{name}: {show_counts(summary.counts)} of {summary.n_trials} trials"]
+    shown = summary.trials if everything else summary.trials[-LAST_TRIALS:]
+    if len(shown) < len(summary.trials):
+        lines.append(f"the last {len(shown)} of them (--all shows all):")
+    if summary.trials:
+        lines += columns(trial_cells(shown, summary.objective))
+    if summary.best is not None:
+        lines.append(f"best: trial {summary.best.number}, {value_text(summary.best, 0)}")
+    if any(trial.by_seed[1:] for trial in shown):
+        lines.append("±: 95 % confidence interval of the mean over seeds")
+    answer(as_json, values, "\n".join(lines))
 
 
 @study.command(epilog=example("comp study best demo-vqa --json"))
@@ -130,7 +143,7 @@ def best(name: str, root: str | None, as_json: bool) -> None:
     report = read_report(folder)
     winner = report.summary.best
     if winner is None:
-        raise click.ClickException(f"study {name!r} has no complete trial yet")
+        raise click.ClickException(report.summary.why_no_best)
     directories = [folder.run(run_id) for run_id in winner.runs]
     values = {**trial_dict(winner), "directories": directories, "table": report.to_dict()["table"]}
     answer(as_json, values, "\n".join([report.to_text(), "", *directories]))
@@ -173,7 +186,7 @@ def conduct(
     from studies.folder import StudyFolder
     from studies.report import read_report, write_report
     from studies.session import conduct_study
-    from studies.study import summarize
+    from studies.summary import summarize
 
     folder, why = StudyFolder.of(spec), "finished"
     with mistakes():
@@ -188,7 +201,7 @@ def conduct(
     report = read_report(folder)
     if why == "finished" and report.summary.best is None:
         reasons = {trial.reason for trial in report.summary.trials if trial.reason}
-        raise click.ClickException(f"no trial has a value: {'; '.join(sorted(reasons))}")
+        raise click.ClickException("; ".join([report.summary.why_no_best, *sorted(reasons)]))
     written = write_report(folder, report)
     values = {"why": why, "directory": folder.location, "files": written}
     lines = [report.to_text()]

@@ -4,6 +4,7 @@ A curve is the dense model at ratio 0 and the points of one run, joined by strai
 ratio that was *reached*. Nothing is extrapolated beyond ``SLACK``.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,13 @@ from orchestration.tracked import params_of
 
 SLACK = 0.01  # runs end within the config's tolerance of the asked ratio, so 0.7975 stands for 0.8
 
-Metric = Literal["val", "test"]
+# Student's t, 97.5 %, for 1, 2, ... degrees of freedom.
+_T_QUANTILES = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+)
+
+Metric = Literal["val", "test", "gmacs", "params", "latency_ms", "speed_up"]
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,20 @@ class Spread:
     mean: float
     std: float
     num: int
+
+    @property
+    def half_interval(self) -> float | None:
+        """Half the width of the mean's 95 % confidence interval (Student's t); ``None`` for one.
+
+        It says how well the mean over seeds is known, for values that scatter normally.
+        """
+        if self.num < 2:
+            return None
+        freedom = self.num - 1
+        quantile = (
+            _T_QUANTILES[freedom - 1] if freedom <= len(_T_QUANTILES) else 1.96 + 2.4 / freedom
+        )
+        return quantile * self.std / math.sqrt(self.num)
 
     def __str__(self) -> str:
         return f"{self.mean:.2f}" + (f" ± {self.std:.2f}" if self.num > 1 else "")

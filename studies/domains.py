@@ -4,6 +4,7 @@ A domain knows nothing of Optuna; :mod:`studies.space` maps it to proposals.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Annotated, Any, Literal, Self
@@ -51,6 +52,9 @@ def _config_model() -> type[BaseModel]:
 
 
 TARGET_RATIO = "target_ratio"  # a key of `space` only: the largest of the config's ratios
+PRUNE_SHARE = "prune_share"  # another: the share of a trial's steps that is spent on stages
+STEP_BUDGET = "step_budget"  # another: all steps of a trial, stages and fine-tuning together
+DERIVED_KEYS = (TARGET_RATIO, PRUNE_SHARE, STEP_BUDGET)
 CONFIG_FIELDS = dataclasses.fields(PruningConfig)
 CONFIG_KEYS = [field.name for field in CONFIG_FIELDS if field.name != "version"]
 _CONFIG_MODEL = _config_model()
@@ -96,7 +100,32 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Scalar = str | bool | int | float | None
 
 
-class IntDomain(Section):
+def _read_when(when: Any) -> dict[str, list[Scalar]] | None:
+    if when is None:
+        return None
+    if not isinstance(when, dict) or not when:
+        raise ValueError(
+            f"when must be a mapping such as {{schedule: mps}} or {{schedule: [mps, cas]}}, but "
+            f"got {when!r}"
+        )
+    return {
+        str(key): list(values) if isinstance(values, (list, tuple)) else [values]
+        for key, values in when.items()
+    }
+
+
+class _Domain(Section):
+    """What all domains have.
+
+    Attributes:
+        when: By another key, which stands above in the space, the values of it with which this key
+            is searched; otherwise the key has its starting value.
+    """
+
+    when: Annotated[dict[str, list[Scalar]] | None, PlainValidator(_read_when)] = None
+
+
+class IntDomain(_Domain):
     """Whole numbers from ``low`` to ``high``, both included."""
 
     kind: Literal["int"]
@@ -112,22 +141,47 @@ class IntDomain(Section):
             raise ValueError(f"step must be 1 with log: true, but got {self.step}")
         return self
 
+    @property
+    def grid(self) -> list[int]:
+        """All values."""
+        return list(range(self.low, self.high + 1, self.step))
 
-class FloatDomain(Section):
-    """Numbers from ``low`` to ``high``, on a logarithmic scale if asked."""
+
+class FloatDomain(_Domain):
+    """Numbers from ``low`` to ``high``, on a logarithmic scale or in steps if asked."""
 
     kind: Literal["float"]
     low: Number
     high: Number
+    step: Annotated[Number, Field(gt=0)] | None = None
     log: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_bounds(self.low, self.high, self.log)
+        if self.log and self.step is not None:
+            raise ValueError(f"step must be left out with log: true, but got {self.step:g}")
+        if self.step is not None and not math.isclose(self.grid[-1], self.high):
+            raise ValueError(
+                f"high must be a whole number of steps above low, but got low {self.low:g}, high "
+                f"{self.high:g} and step {self.step:g}"
+            )
         return self
 
+    @property
+    def grid(self) -> list[float]:
+        """All values.
 
-class ChoiceDomain(Section):
+        Raises:
+            ValueError: If there is no ``step``.
+        """
+        if self.step is None:
+            raise ValueError("step is missing, and a grid needs one for a float")
+        number = math.floor((self.high - self.low) / self.step + 1e-9)
+        return [float(f"{self.low + i * self.step:.12g}") for i in range(number + 1)]
+
+
+class ChoiceDomain(_Domain):
     """A list of scalars, or names with a value of any kind behind each.
 
     Named choices are what a list-valued key needs (``ratios``, ``modes``): Optuna stores the name.
@@ -161,7 +215,7 @@ class ChoiceDomain(Section):
         return self.choices[str(label)] if isinstance(self.choices, dict) else label
 
 
-class FixedDomain(Section):
+class FixedDomain(_Domain):
     """One value, which Optuna does not see."""
 
     kind: Literal["fixed"]

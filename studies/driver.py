@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from comp.results import CurvePoint
 from orchestration.executor import Event, Executor, Handle
 from orchestration.job import DEFAULT_RUNNER, Failure, Job, JobEnd, Record
-from orchestration.store import RunMismatch
-from studies.curves import Curve, spread
+from orchestration.store import RunMismatch, write_failure
+from studies.curves import Curve
 from studies.folder import StudyFolder
 from studies.jobs import dense_job, trial_jobs
-from studies.objectives import objective_value
+from studies.objectives import judge
 from studies.spec import StudySpec
+from studies.stage_reports import Report, StageReports
 from studies.study import OpenTrial, Study
 
 MAX_FAILURES_IN_A_ROW = 3
@@ -80,12 +81,16 @@ def run_study(
 
 @dataclass(eq=False)
 class _Running:
-    """A trial under way: points by seed, and the seeds whose job has not ended."""
+    """A trial under way: points by seed, and the seeds whose job has not ended.
+
+    ``told`` is why it is over before its jobs are: ``"fail"`` or ``"pruned"``.
+    """
 
     trial: OpenTrial
     points: dict[int, list[CurvePoint]]
     open_seeds: set[int]
-    has_failed: bool = False
+    reports: StageReports
+    told: str = ""
 
 
 @dataclass
@@ -165,7 +170,8 @@ class Driver:
         jobs = trial_jobs(self.spec, trial.number, trial.config, self._dense, self.runner)
         trial.note(runs=[job.run_id for job in jobs])
         seeds = [job.seed for job in jobs]
-        running = _Running(trial, {seed: [] for seed in seeds}, set(seeds))
+        points: dict[int, list[CurvePoint]] = {seed: [] for seed in seeds}
+        running = _Running(trial, points, set(seeds), StageReports(self.spec))
         self._queue.extend((running, job) for job in jobs)
 
     def _submit(self, running: _Running | None, job: Job) -> None:
@@ -177,8 +183,8 @@ class Driver:
         running, body, job = self._live[event.handle], event.body, event.handle.job
         if self._why and not isinstance(body, (JobEnd, Failure)):
             self.executor.cancel(event.handle)  # its current stage is durable now
-        if isinstance(body, Record) and body.point is not None:
-            self._take_point(running, job.seed, body.point)
+        if isinstance(body, Record):
+            self._take_record(running, job, body)
         elif isinstance(body, (JobEnd, Failure)):
             del self._live[event.handle]
             if running is None:
@@ -186,15 +192,33 @@ class Driver:
             else:
                 self._end(running, job, body)
 
-    def _take_point(self, running: _Running | None, seed: int, point: CurvePoint) -> None:
+    def _take_record(self, running: _Running | None, job: Job, record: Record) -> None:
         if running is None:
-            self._dense = point
+            self._dense = record.point or self._dense
             return
-        running.points[seed].append(point)
-        same = [p for points in running.points.values() for p in points]
-        values = [p.val for p in same if p.ratio_asked == point.ratio_asked]
-        if point.method != "dense" and len(values) == len(running.points):
-            running.trial.report(point.ratio_asked, spread(values).mean)
+        if record.point is not None:
+            running.points[job.seed].append(record.point)
+        self._report(running, running.reports.take(job.seed, record.body))
+
+    def _report(self, running: _Running, reports: list[Report]) -> None:
+        """Passes intermediate values on, and stops the trial where the pruner says so."""
+        for step, value in reports:
+            if running.told:
+                return
+            running.trial.report(step, value)
+            if self.spec.pruner is not None and running.trial.should_prune():
+                self._prune(running, step)
+
+    def _prune(self, running: _Running, step: int) -> None:
+        assert self.spec.pruner is not None
+        is_seed = self.spec.pruner.kind == "wilcoxon"
+        where = f"seed {self.spec.seeds[step]}" if is_seed else f"ratio {step / 1000:g}"
+        reason = f"stopped by the {self.spec.pruner.kind} pruner at {where}"
+        running.told = "pruned"
+        running.trial.prune(reason)
+        logger.info("trial %d %s", running.trial.number, reason)
+        self._cancel(running)
+        self._failures = 0
 
     def _end_dense(self, job: Job, body: JobEnd | Failure) -> None:
         if self._why or (isinstance(body, JobEnd) and self._dense is not None):
@@ -203,7 +227,9 @@ class Driver:
         raise StudyFailed(f"the dense reference {job.run_id} failed: {reason}")
 
     def _end(self, running: _Running, job: Job, body: JobEnd | Failure) -> None:
-        if running.has_failed:
+        if running.told:
+            if running.told == "pruned" and isinstance(body, Failure):
+                self._close_pruned(job)
             return
         if isinstance(body, Failure):
             reason = f"run {job.run_id}: {body.message}"
@@ -213,30 +239,37 @@ class Driver:
                 self._fail(running, reason, body.kind)
             return
         running.open_seeds.discard(job.seed)
-        if not running.open_seeds:
-            self._tell(running)
-
-    def _tell(self, running: _Running) -> None:
         try:
-            values = [
-                objective_value(self.spec.objective, Curve(f"seed {seed}", tuple(points)))
-                for seed, points in running.points.items()
-            ]
+            self._report(running, running.reports.end(job.seed, running.points[job.seed]))
+            if not running.open_seeds and not running.told:
+                self._tell(running)
         except ValueError as error:
             self._fail(running, str(error), "algorithm")
-            return
-        summary = spread(values)
-        running.trial.note(std_over_seeds=summary.std)
-        running.trial.complete(summary.mean)
+
+    def _close_pruned(self, job: Job) -> None:
+        """Notes in the run's directory, and so in MLflow, that it was stopped on purpose."""
+        write_failure(job.run_dir, Failure("cancelled", "stopped by the study's pruner"))
+
+    def _tell(self, running: _Running) -> None:
+        curves = {
+            seed: Curve(f"seed {seed}", tuple(points)) for seed, points in running.points.items()
+        }
+        verdict = judge(self.spec.objective, self.spec.constraints, curves)
+        running.trial.note(by_seed={str(seed): v for seed, v in verdict.by_seed.items()})
+        running.trial.complete(verdict.values, verdict.excess)
         self._failures = 0
 
-    def _fail(self, running: _Running, reason: str, kind: str) -> None:
-        running.has_failed = True
-        running.trial.fail(reason, kind)
-        logger.warning("trial %d failed: %s", running.trial.number, reason)
+    def _cancel(self, running: _Running) -> None:
+        """Ends the other jobs of a trial; what they have finished stays."""
         self._queue = deque(item for item in self._queue if item[0] is not running)
         for handle in [handle for handle, owner in self._live.items() if owner is running]:
             self.executor.cancel(handle)
+
+    def _fail(self, running: _Running, reason: str, kind: str) -> None:
+        running.told = "fail"
+        running.trial.fail(reason, kind)
+        logger.warning("trial %d failed: %s", running.trial.number, reason)
+        self._cancel(running)
         self._failures += 1
         if self._failures >= MAX_FAILURES_IN_A_ROW:
             raise StudyFailed(

@@ -4,6 +4,7 @@
 
     <root>/studies/<study>/spec.yaml       the resolved spec, frozen
                            study.json      its hash and the version that wrote it; written last
+                           enqueued/       settings that people want tried, see requests.py
                            optuna.journal  Optuna's storage, unless the spec names a URL
                            report.md report.json curves.png curves.svg curves.parquet
     <root>/runs/<run id>/                  one run each; see orchestration/store.py
@@ -18,6 +19,7 @@ import contextlib
 import json
 import os
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -115,6 +117,13 @@ class StudyFolder:
         """Whether a spec was frozen here."""
         return self.storage.exists("study.json")
 
+    @property
+    def uid(self) -> str:
+        """Made up when the study was started here; tells folders apart that share a database."""
+        if not self.is_started:
+            return ""
+        return str(json.loads(self.storage.read("study.json")).get("uid", ""))
+
     def hold(self) -> AbstractContextManager[None]:
         """Keeps other drivers off the study.
 
@@ -163,7 +172,12 @@ class StudyFolder:
         """
         self.check(spec)
         self.storage.write("spec.yaml", write_spec(spec).encode())
-        manifest = {"version": 1, "name": spec.name, "spec_hash": spec_hash(spec)}
+        manifest = {
+            "version": 1,
+            "name": spec.name,
+            "spec_hash": spec_hash(spec),
+            "uid": self.uid or uuid.uuid4().hex,
+        }
         self.storage.write("study.json", (json.dumps(manifest, indent=1) + "\n").encode())
 
     def write_files(self, fill: Callable[[Path], list[Path]]) -> list[str]:

@@ -11,7 +11,7 @@ from orchestration.storage import is_remote, join, parent
 from studies.report import StudyReport
 from studies.spec import StudySpec
 from studies.specfile import tracking_uri
-from studies.study import JOURNAL
+from studies.storages import JOURNAL
 
 LOOPBACK = "127.0.0.1"  # neither MLflow nor the dashboard asks who is there
 MLFLOW_PORT = 5000

@@ -12,10 +12,10 @@ from comp.results import CurvePoint
 from orchestration.store import Run, read_run
 from studies.curves import Curve, Spread, curve_of, pareto_front, spread, write_points
 from studies.folder import StudyFolder, write_atomically
-from studies.objectives import objective_name
+from studies.goals import Measure, objective_name
 from studies.plots import plot_study
 from studies.spec import StudySpec
-from studies.study import StudySummary, TrialSummary, summarize
+from studies.summary import StudySummary, TrialSummary, summarize
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class StudyReport:
             "counts": self.summary.counts,
             "best": trial_dict(best) if best else None,
             "table": [dataclasses.asdict(row) for row in self.rows],
+            "front": [trial.number for trial in self.summary.front],
             "trials": [trial_dict(trial) for trial in self.summary.trials],
             "pareto": [point.to_dict() for point in pareto_front(self.points)],
         }
@@ -103,12 +104,19 @@ class StudyReport:
         """Returns the table that a terminal shows."""
         best = self.summary.best
         if best is None:
-            return "no trial is complete yet"
-        head = (
-            f"best of {self.summary.counts.get('complete', 0)} trials: trial {best.number}, "
-            f"{objective_name(self.spec.objective)} {best.value:.2f} ({params_text(best)})"
-        )
-        return "\n".join([head, "", *columns(_cells(self.rows)), NOTE])
+            return self.summary.why_no_best
+        objective = self.spec.objective
+        first = f"{objective[0].name} {value_text(best, 0)}"
+        among = f"{self.summary.counts.get('complete', 0)} trials"
+        head = f"best of {among}: trial {best.number}, {first} ({params_text(best)})"
+        if len(objective) > 1:
+            head = f"{len(self.summary.front)} of {among} are on the Pareto front:"
+            front = columns(trial_cells(self.summary.front, objective))
+            head = "\n".join(
+                [head, "", *front, "", f"trial {best.number}, with the best {first}:"]
+            )
+        notes = [NOTE, *([INTERVAL_NOTE] if len(self.spec.seeds) > 1 else [])]
+        return "\n".join([head, "", *columns(_cells(self.rows)), *notes])
 
     def to_markdown(self, plot: str) -> str:
         """Returns the report as a Markdown page.
@@ -121,7 +129,7 @@ class StudyReport:
         lines = [
             f"# Study {self.spec.name}",
             "",
-            f"{self.spec.model} on {self.spec.task}; maximized: "
+            f"{self.spec.model} on {self.spec.task}; objective: "
             f"{objective_name(self.spec.objective)}; seeds {list(self.spec.seeds)}; trials "
             + ", ".join(f"{count} {state}" for state, count in self.summary.counts.items())
             + ".",
@@ -132,10 +140,18 @@ class StudyReport:
         if best is not None:
             lines += [f"## Best: trial {best.number}", "", f"`{params_text(best)}`", ""]
             lines += [*_markdown_table(cells), "", NOTE, ""]
-        lines += ["## Trials", "", *_markdown_table(trial_cells(self.summary.trials)), ""]
+        if len(self.spec.objective) > 1:
+            front = trial_cells(self.summary.front, self.spec.objective)
+            lines += ["## Pareto front", "", *_markdown_table(front), ""]
+        trials = trial_cells(self.summary.trials, self.spec.objective)
+        lines += ["## Trials", "", *_markdown_table(trials), ""]
         return "\n".join(lines)
 
 
+INTERVAL_NOTE = (
+    "± of an objective: 95 % confidence interval of its mean over seeds; of the table: standard "
+    "deviation"
+)
 NOTE = "GFLOPs with multiply-add = 1, per validation sample; latency of one evaluation batch"
 
 
@@ -199,7 +215,20 @@ def ratio_rows(curves: Sequence[Curve]) -> tuple[RatioRow, ...]:
 
 def trial_dict(trial: TrialSummary) -> dict[str, Any]:
     """Returns a trial as plain JSON values."""
-    return {**dataclasses.asdict(trial), "runs": list(trial.runs)}
+    return {
+        "number": trial.number,
+        "state": trial.state,
+        "value": trial.value,
+        "values": list(trial.values),
+        "half_intervals": [one.half_interval for one in trial.spreads],
+        "by_seed": [list(values) for values in trial.by_seed],
+        "excess": trial.excess,
+        "params": trial.params,
+        "runs": list(trial.runs),
+        "reason": trial.reason,
+        "minutes": trial.minutes,
+        "copied_from": trial.copied_from,
+    }
 
 
 def params_text(trial: TrialSummary) -> str:
@@ -211,19 +240,31 @@ def params_text(trial: TrialSummary) -> str:
     return ", ".join(shown)
 
 
-def trial_cells(trials: Sequence[TrialSummary]) -> list[list[str]]:
+def value_text(trial: TrialSummary, index: int) -> str:
+    """Returns an objective of a trial, with its confidence interval if there are several seeds."""
+    if not trial.values:
+        return ""
+    half = trial.spreads[index].half_interval
+    return f"{trial.values[index]:.2f}" + ("" if half is None else f" ± {half:.2f}")
+
+
+def trial_cells(trials: Sequence[TrialSummary], objective: Sequence[Measure]) -> list[list[str]]:
     """Returns trials as the cells of a table, the head first."""
-    head = ["trial", "state", "value", "minutes", "chosen"]
-    return [head, *(_trial_row(trial) for trial in trials)]
+    names = ["value"] if len(objective) == 1 else [measure.label for measure in objective]
+    head = ["trial", "state", *names, "minutes", "chosen"]
+    return [head, *(_trial_row(trial, len(objective)) for trial in trials)]
 
 
-def _trial_row(trial: TrialSummary) -> list[str]:
+def _trial_row(trial: TrialSummary, num_values: int) -> list[str]:
+    broken = [f"{name} is exceeded by {x:.3g}" for name, x in trial.excess.items() if x > 0]
+    origin = [f"copied from {trial.copied_from}"] if trial.copied_from else []
+    remarks = [params_text(trial), *origin, *broken, trial.reason]
     return [
         str(trial.number),
         trial.state,
-        "" if trial.value is None else f"{trial.value:.2f}",
+        *(value_text(trial, index) for index in range(num_values)),
         "" if trial.minutes is None else f"{trial.minutes:.1f}",
-        f"{params_text(trial)}{'; ' if trial.reason else ''}{trial.reason}",
+        "; ".join(remark for remark in remarks if remark),
     ]
 
 

@@ -18,7 +18,7 @@ from studies.curves import area, curve_of
 from studies.driver import Consumer, Outcome, run_study
 from studies.folder import StudyFolder
 from studies.jobs import SINGLE_RUNS, prune_job
-from studies.objectives import objective_value
+from studies.objectives import measure_curve
 from studies.spec import PruneSpec, RunSpec, StudySpec
 from studies.specfile import tracking_uri
 from studies.stopping import StopSwitch, stop_on_signals
@@ -157,7 +157,7 @@ def add_scores(job: Job, spec: RunSpec) -> None:
     scores = {"curve_area": area(curve, curve.ratios[0], curve.ratios[-1])}
     if isinstance(spec, StudySpec):
         with contextlib.suppress(ValueError):  # the trial fails and says so
-            scores["objective"] = objective_value(spec.objective, curve)
+            scores["objective"] = measure_curve(spec.objective[0], curve)
     storage = Storage(job.run_dir)
     storage.write(SCORES, (json.dumps(scores) + "\n").encode())
 

@@ -6,20 +6,24 @@ Reading files, overrides and the wording of errors are in :mod:`studies.specfile
 
 import hashlib
 import json
+import math
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Discriminator, Field, PlainValidator, Tag, field_validator, model_validator
+from pydantic import Field, PlainValidator, TypeAdapter, field_validator, model_validator
 
 from comp.config import PruningConfig
 from orchestration.job import FineTune, check_name
 from orchestration.storage import absolute
-from studies.domains import CONFIG_KEYS, TARGET_RATIO, Config, Domain, Number, Section, check_keys
-from studies.space import check_space
+from studies.domains import CONFIG_KEYS, DERIVED_KEYS, Config, Domain, Number, Section, check_keys
+from studies.goals import Constraint, Objectives
+from studies.search import CmaesSampler, GridSampler, Pruner, Sampler, TpeSampler, check_pruner
+from studies.space import check_labels, check_space, grid_of
 
 MAX_NAME = 100  # leaves room for "-0003-s1" in a run id
 MEASURE_KEYS = ("seed", "eval_samples", "test_samples", "eval_batch_size", "device", "autocast")
-STORAGE_SCHEMES = ("sqlite", "postgresql", "postgresql+psycopg2", "postgresql+psycopg")
+STORAGE_SCHEMES = ("sqlite", "postgresql", "postgresql+psycopg2", "postgresql+psycopg", "grpc")
+MAX_GRID = 100_000  # Optuna keeps all combinations in memory
 
 
 def refuse_password(name: str, url: str, variables: str) -> None:
@@ -30,81 +34,6 @@ def refuse_password(name: str, url: str, variables: str) -> None:
             f"{name} must not hold a password, because specs are kept in files; leave it out of "
             f"the URL and set {variables} in the environment"
         )
-
-
-def check_ratio(name: str, ratio: float) -> None:
-    """Raises a ``ValueError`` if a ratio is outside [0, 1), with the hint for percentages."""
-    if not 0.0 <= ratio < 1.0:
-        hint = f"; pass {ratio / 100:g} for {ratio:g} %" if 1 < ratio < 100 else ""
-        raise ValueError(f"{name} must be in [0, 1), but got {ratio:g}{hint}")
-
-
-class ValAt(Section):
-    """Maximizes validation accuracy at one FLOPs ratio, read off the trial's curve."""
-
-    val_at: Number
-
-    @field_validator("val_at")
-    @classmethod
-    def _check(cls, ratio: float) -> float:
-        check_ratio("val_at", ratio)
-        return ratio
-
-    @property
-    def span(self) -> tuple[float, float]:
-        """The ratios that a curve must cover."""
-        return (self.val_at, self.val_at)
-
-
-class Area(Section):
-    """Maximizes mean validation accuracy between two ratios (area under the curve / width)."""
-
-    area: tuple[Number, Number]
-
-    @field_validator("area")
-    @classmethod
-    def _check(cls, area: tuple[float, float]) -> tuple[float, float]:
-        for ratio in area:
-            check_ratio("area", ratio)
-        if not area[0] < area[1]:
-            raise ValueError(f"area must be two ascending ratios, but got {list(area)}")
-        return area
-
-    @property
-    def span(self) -> tuple[float, float]:
-        """The ratios that a curve must cover."""
-        return self.area
-
-
-def _objective_kind(values: Any) -> str:
-    if isinstance(values, Section):
-        return "area" if isinstance(values, Area) else "val_at"
-    kinds = [kind for kind in ("val_at", "area") if isinstance(values, dict) and kind in values]
-    if len(kinds) != 1 or len(values) != 1:
-        raise ValueError(
-            "objective must be {val_at: RATIO} or {area: [LOW, HIGH]}, but got "
-            f"{values!r}; the test split is never the objective"
-        )
-    return kinds[0]
-
-
-Objective = Annotated[
-    Annotated[ValAt, Tag("val_at")] | Annotated[Area, Tag("area")], Discriminator(_objective_kind)
-]
-
-
-class Sampler(Section):
-    """How Optuna proposes configs: its tree-structured Parzen estimator.
-
-    Attributes:
-        seed: Seed of the proposals. With several trials at a time the order in which they end
-            matters too, so a repeat is exact only with ``parallel: 1`` and no interruption.
-        startup_trials: Trials drawn at random before the estimator takes over.
-    """
-
-    kind: Literal["tpe"] = "tpe"
-    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
-    startup_trials: Annotated[int, Field(strict=True, ge=0)] = 10
 
 
 class Tracking(Section):
@@ -198,11 +127,19 @@ class StudySpec(RunSpec):
         space: A domain for every config key that is searched. A key that also stands in
             ``pruning`` has its starting value there: trial 0 is the config of ``pruning``, the
             paper's values where that is silent, moved into the domain where they are outside.
-        objective: What is maximized; always of the validation split.
-        n_trials: Trials to end with, failed ones included.
+        objective: What is bettered: one measure of the validation curve, or several.
+        constraints: Measures that must stay within limits; trials that break one are never best.
+        n_trials: Trials to end with, failed ones included and copied ones not; by default 20, and
+            for a grid all of it.
         parallel: Runs at a time.
+        sampler: How Optuna proposes configs.
+        pruner: When Optuna stops a trial before its end; ``None`` never does.
         seeds: Every trial runs once for each; the objective is the mean.
-        storage: ``"journal"`` for a file in the study's directory, or an SQLite or PostgreSQL URL.
+        enqueue: Values that are tried right after trial 0; keys left out are the sampler's.
+        warm_start: An earlier study, by name under the same root or by directory, whose finished
+            trials are copied where this study could have made them.
+        storage: ``"journal"`` for a file in the study's directory, or an SQLite, PostgreSQL or
+            gRPC URL.
         deadline_minutes: Time after which no trial goes on; the same command continues.
         stage_timeout_minutes: Time without a record after which a run counts as hung.
     """
@@ -210,11 +147,15 @@ class StudySpec(RunSpec):
     kind: Literal["study"]
     fine_tune: FineTune = "fork"
     space: dict[str, Domain]
-    objective: Objective
+    objective: Objectives
+    constraints: tuple[Constraint, ...] = ()
     n_trials: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] = 20
     parallel: Annotated[int, Field(strict=True, ge=1, le=10_000)] = 1
-    sampler: Sampler = Sampler()
+    sampler: Sampler = TpeSampler()
+    pruner: Pruner | None = None
     seeds: tuple[Annotated[int, Field(strict=True, ge=0, lt=2**32)], ...] = (0,)
+    enqueue: tuple[dict[str, Any], ...] = ()
+    warm_start: str | None = None
     storage: str = "journal"
     deadline_minutes: Annotated[Number, Field(gt=0)] | None = None
     stage_timeout_minutes: Annotated[Number, Field(gt=0)] | None = None
@@ -229,7 +170,7 @@ class StudySpec(RunSpec):
                     + ("seeds" if key == "seed" else f"pruning.{key}")
                 )
         if isinstance(space, dict):
-            check_keys(space, [*CONFIG_KEYS, TARGET_RATIO])
+            check_keys(space, [*CONFIG_KEYS, *DERIVED_KEYS])
         return space
 
     @field_validator("pruning")
@@ -254,16 +195,54 @@ class StudySpec(RunSpec):
         scheme = storage.partition("://")[0]
         if storage != "journal" and ("://" not in storage or scheme not in STORAGE_SCHEMES):
             raise ValueError(
-                "storage must be 'journal' or a URL that starts with sqlite:/// or "
-                f"postgresql://, but got {storage!r}"
+                "storage must be 'journal' or a URL that starts with sqlite:///, postgresql:// or "
+                f"grpc://, but got {storage!r}"
             )
         refuse_password("storage", storage, "PGPASSWORD")
         return storage
 
+    @model_validator(mode="before")
+    @classmethod
+    def _count_grid(cls, values: Any) -> Any:
+        """Lets a grid have as many trials as it takes, unless the spec says how many."""
+        sampler = values.get("sampler") if isinstance(values, dict) else None
+        is_grid = isinstance(sampler, dict) and sampler.get("kind") == "grid"
+        if not is_grid or "n_trials" in values:
+            return values
+        try:
+            size = _grid_size(TypeAdapter(dict[str, Domain]).validate_python(values["space"]))
+        except (KeyError, ValueError):
+            return values  # said once and better by the checks that follow
+        return {**values, "n_trials": 1 + len(values.get("enqueue") or ()) + size}
+
     @model_validator(mode="after")
-    def _check_space(self) -> Self:
-        check_space(self.pruning, self.space, self.objective.span)
+    def _check_together(self) -> Self:
+        ends = [measure.span[1] for measure in self.objective]
+        ends += [bound.measure.span[1] for bound in self.constraints]
+        check_space(self.pruning, self.space, max(ends))
+        check_pruner(self.pruner, len(self.objective), len(self.seeds))
+        if isinstance(self.sampler, CmaesSampler) and len(self.objective) > 1:
+            raise ValueError(
+                "sampler cmaes takes one objective; take tpe, gp or nsga2 for several, or bound "
+                "all but one with constraints"
+            )
+        if isinstance(self.sampler, GridSampler) and (size := _grid_size(self.space)) > MAX_GRID:
+            raise ValueError(
+                f"the grid has {size} combinations, which is more than {MAX_GRID}; take larger "
+                "steps or sampler random"
+            )
+        for number, labels in enumerate(self.enqueue):
+            try:
+                found = check_labels(self.space, labels)
+            except ValueError as error:
+                raise ValueError(f"enqueue.{number}: {error}") from None
+            if isinstance(self.sampler, GridSampler) and set(found) != set(grid_of(self.space)):
+                raise ValueError(f"enqueue.{number} must name every key of the space for a grid")
         return self
+
+
+def _grid_size(space: dict[str, Domain]) -> int:
+    return math.prod(len(values) for values in grid_of(space).values())
 
 
 Spec = Annotated[PruneSpec | StudySpec, Field(discriminator="kind")]

@@ -1,11 +1,12 @@
-"""Optuna's side of a study: its storage, its trials, what they were told.
+"""Optuna's side of a study for its driver: trials to run, and what they are told.
 
 One driver is the only writer. A trial that a dead driver left RUNNING is adopted under its number,
 because such trials bias the sampler and their work is on disk.
 """
 
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +16,19 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from comp.config import PruningConfig
 from studies.errors import SpecError
 from studies.folder import StudyFolder, check_same
-from studies.journal import FileJournal, ObjectJournal
+from studies.requests import Requests
+from studies.samplers import AskedGrid, build_pruner, build_sampler
 from studies.space import starting_point, suggest
 from studies.spec import StudySpec, identity
 from studies.specfile import spec_of
+from studies.storages import explaining, open_storage
+from studies.summary import counts_of, quiet
+from studies.warm_start import WARM_START, copy_trials
 
-JOURNAL = "optuna.journal"
 IDENTITY = "spec"  # the attribute of an Optuna study that says what it is of
+FOLDER = "folder"  # and the one that says which folder's driver writes it
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -31,7 +38,7 @@ class OpenTrial:
     Attributes:
         number: Optuna's number.
         config: What it tries.
-        reported: Steps (ratio in per mille) that already have an intermediate value.
+        reported: Steps that already have an intermediate value.
     """
 
     number: int
@@ -44,21 +51,38 @@ class OpenTrial:
         for name, value in attrs.items():
             self._trial.set_user_attr(name, value)
 
-    def report(self, ratio: float, val: float) -> None:
-        """Reports an intermediate value once; the step is the ratio in per mille."""
-        step = round(1000 * ratio)
+    def report(self, step: int, value: float) -> None:
+        """Reports an intermediate value, once a step."""
         if step not in self.reported:
             self.reported.add(step)
-            self._trial.report(val, step)
+            self._trial.report(value, step)
 
-    def complete(self, value: float) -> None:
-        """Tells the objective."""
-        self._trial.study.tell(self._trial, value, skip_if_finished=True)
+    def should_prune(self) -> bool:
+        """Asks the study's pruner about what was reported so far."""
+        return self._trial.should_prune()
+
+    def complete(self, values: Sequence[float], excess: Mapping[str, float]) -> None:
+        """Tells the objectives, and by how much each constraint is broken (0 or less: kept)."""
+        if self._is_finished:
+            return
+        for name, value in excess.items():
+            self._trial.set_constraint(name, value)
+        self._trial.study.tell(self._trial, list(values), skip_if_finished=True)
+
+    def prune(self, reason: str) -> None:
+        """Tells that the pruner stopped it, and where."""
+        self.note(reason=reason)
+        self._trial.study.tell(self._trial, state=TrialState.PRUNED)
 
     def fail(self, reason: str, kind: str) -> None:
         """Tells that there will be no value, and why."""
         self.note(reason=reason, failure=kind)
         self._trial.study.tell(self._trial, state=TrialState.FAIL)
+
+    @property
+    def _is_finished(self) -> bool:
+        storage = self._trial.study._storage
+        return storage.get_trial(self._trial._trial_id).state.is_finished()
 
 
 class Study:
@@ -68,46 +92,106 @@ class Study:
         spec: The checked spec; its folder must exist.
 
     Raises:
-        SpecError: If the storage cannot be opened, or holds a study of this name and another
-            spec, as a database that several people share may.
+        SpecError: If the storage holds a study of this name and another spec or of another
+            folder, as a database that several people share may; or if there is nothing to start
+            from where the spec has a ``warm_start``.
+        StorageUnreachable: If the storage cannot be opened.
     """
 
     def __init__(self, spec: StudySpec) -> None:
         self.spec = spec
-        _quiet()
-        storage, self._journal = _storage(spec)
-        self._study = optuna.create_study(
-            storage=storage,
-            study_name=spec.name,
-            sampler=optuna.samplers.TPESampler(
-                seed=spec.sampler.seed, n_startup_trials=spec.sampler.startup_trials
-            ),
-            direction="maximize",
-            load_if_exists=True,
-        )
-        if IDENTITY in self._study.user_attrs:
-            check_same(_stored_spec(self._study), spec)
-        else:
-            self._study.set_user_attr(IDENTITY, identity(spec))
-        if not self._study.get_trials(deepcopy=False):
-            start = starting_point(spec.pruning, spec.space)
-            self._study.enqueue_trial(start, user_attrs={"start": "defaults"})
+        quiet()
+        self._sampler = build_sampler(spec)
+        opened = open_storage(spec)
+        self._journal = opened.journal
+        self._requests = Requests(StudyFolder.of(spec))
+        with explaining(spec.storage):
+            self._study = optuna.create_study(
+                storage=opened.optuna,
+                study_name=spec.name,
+                sampler=self._sampler,
+                pruner=build_pruner(spec),
+                directions=["maximize" if m.maximize else "minimize" for m in spec.objective],
+                load_if_exists=True,
+            )
+            if IDENTITY in self._study.user_attrs:
+                check_same(_stored_spec(self._study), spec)
+            if opened.is_shared:
+                self._claim()
+            self._set_up()
+
+    def _claim(self) -> None:
+        """Keeps drivers of other folders off a study in a database.
+
+        Within one folder they are kept apart by its lock.
+        """
+        mine = StudyFolder.of(self.spec).uid
+        owner = self._study.user_attrs.get(FOLDER)
+        if owner is None:
+            self._study.set_user_attr(FOLDER, mine)
+        elif owner != mine:
+            raise SpecError(
+                f"study {self.spec.name!r} in storage {self.spec.storage} is written from another "
+                "root; go on with it there or give this study another name"
+            )
+
+    def _set_up(self) -> None:
+        """Writes what a new study begins with; a driver that died amid it left a part."""
+        if IDENTITY not in self._study.user_attrs:
+            self._study.set_user_attr(IDENTITY, identity(self.spec))
+        number = len(self._study.get_trials(deepcopy=False))
+        start = starting_point(self.spec.pruning, self.spec.space)
+        first = [(start, "defaults"), *((labels, "spec") for labels in self.spec.enqueue)]
+        if WARM_START not in self._study.user_attrs:
+            for labels, origin in first[number:]:
+                self._enqueue(labels, {"start": origin})
+            copy_trials(self.spec, self._study)
+
+    def _enqueue(self, labels: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
+        self._study.enqueue_trial(dict(labels), user_attrs=dict(attrs))
 
     def adopt(self) -> Iterator[OpenTrial]:
         """Yields the trials that an earlier driver left RUNNING."""
         for frozen in self._study.get_trials(states=(TrialState.RUNNING,)):
             trial = Trial(self._study, frozen._trial_id)
-            yield self._open(trial, set(frozen.intermediate_values))
+            opened = self._open(trial, set(frozen.intermediate_values))
+            if opened is not None:
+                yield opened
 
     def ask(self) -> OpenTrial | None:
-        """Returns the next trial; ``None`` once the spec's ``n_trials`` were asked."""
-        trials = self._study.get_trials(deepcopy=False)
-        if sum(trial.state != TrialState.WAITING for trial in trials) >= self.spec.n_trials:
-            return None
-        return self._open(self._study.ask(), set())
+        """Returns the next trial; ``None`` once there is none left to ask."""
+        while True:
+            trials = self._take_requests()
+            own = [trial for trial in trials if WARM_START not in trial.user_attrs]
+            is_waiting = any(trial.state == TrialState.WAITING for trial in own)
+            if sum(trial.state != TrialState.WAITING for trial in own) >= self.spec.n_trials:
+                return None
+            grid = self._sampler if isinstance(self._sampler, AskedGrid) else None
+            if grid is not None and not is_waiting and grid.is_used_up(own):
+                return None
+            opened = self._open(self._study.ask(), set())
+            if opened is not None:
+                return opened
 
-    def _open(self, trial: Trial, reported: set[int]) -> OpenTrial:
-        config = suggest(trial, self.spec.pruning, self.spec.space)
+    def _take_requests(self) -> list[FrozenTrial]:
+        """Enqueues what people asked for since the last time, and returns all trials."""
+        trials = self._study.get_trials(deepcopy=False)
+        taken = {trial.user_attrs.get("request") for trial in trials}
+        requests = self._requests.read()
+        for request, labels in requests.items():
+            if request not in taken:
+                self._enqueue(labels, {"start": "request", "request": request})
+            self._requests.remove(request)
+        return self._study.get_trials(deepcopy=False) if requests else trials
+
+    def _open(self, trial: Trial, reported: set[int]) -> OpenTrial | None:
+        try:
+            config = suggest(trial, self.spec.pruning, self.spec.space)
+        except ValueError as error:
+            trial.set_user_attr("reason", f"its settings do not fit together: {error}")
+            self._study.tell(trial, state=TrialState.FAIL)
+            logger.warning("trial %d failed: %s", trial.number, error)
+            return None
         trial.set_user_attr("config", json.dumps(config.to_dict()))
         self._make_durable()
         return OpenTrial(trial.number, config, reported, trial)
@@ -119,102 +203,7 @@ class Study:
 
     def counts(self) -> dict[str, int]:
         """Returns how many trials are in each state, by its name in lower case."""
-        return _counts(self._study.get_trials(deepcopy=False))
-
-
-@dataclass(frozen=True)
-class TrialSummary:
-    """A trial as a person reads it.
-
-    Attributes:
-        number: Optuna's number.
-        state: ``"complete"``, ``"fail"``, ``"running"`` or ``"waiting"``.
-        value: The objective, ``None`` if it has none.
-        params: What Optuna chose.
-        runs: Run ids.
-        reason: Why it failed, ``""`` if it did not.
-        minutes: Time from ask to tell, ``None`` before the latter.
-    """
-
-    number: int
-    state: str
-    value: float | None
-    params: dict[str, Any]
-    runs: tuple[str, ...]
-    reason: str
-    minutes: float | None
-
-
-@dataclass(frozen=True)
-class StudySummary:
-    """A study as a person reads it.
-
-    Attributes:
-        name: Its name.
-        n_trials: Trials it is to have.
-        counts: Trials by state.
-        trials: All of them, by number.
-    """
-
-    name: str
-    n_trials: int
-    counts: dict[str, int]
-    trials: tuple[TrialSummary, ...]
-
-    @property
-    def best(self) -> TrialSummary | None:
-        """The complete trial with the highest value, ``None`` if there is none."""
-        done = [trial for trial in self.trials if trial.value is not None]
-        return max(done, key=lambda trial: trial.value or 0.0, default=None)
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether there is nothing left to run."""
-        ended = self.counts.get("complete", 0) + self.counts.get("fail", 0)
-        return ended >= self.n_trials and not self.counts.get("running")
-
-
-def summarize(folder: StudyFolder, spec: StudySpec | None = None) -> StudySummary:
-    """Reads a study without writing to it.
-
-    Args:
-        folder: Where the study was started.
-        spec: What to measure progress by; the frozen spec by default.
-
-    Raises:
-        SpecError: If its storage cannot be read.
-    """
-    spec = spec or folder.read_spec()
-    _quiet()
-    if spec.storage == "journal" and not folder.storage.exists(JOURNAL):
-        return StudySummary(spec.name, spec.n_trials, {}, ())
-    try:
-        study = optuna.load_study(study_name=spec.name, storage=_storage(spec)[0])
-    except KeyError:
-        return StudySummary(spec.name, spec.n_trials, {}, ())
-    trials = study.get_trials(deepcopy=False)
-    return StudySummary(spec.name, spec.n_trials, _counts(trials), tuple(map(_summary, trials)))
-
-
-def _summary(trial: FrozenTrial) -> TrialSummary:
-    is_complete = trial.state == TrialState.COMPLETE
-    return TrialSummary(
-        number=trial.number,
-        state=trial.state.name.lower(),
-        value=trial.value if is_complete else None,
-        params=dict(trial.params),
-        runs=tuple(trial.user_attrs.get("runs", ())),
-        reason=str(trial.user_attrs.get("reason", "")),
-        minutes=trial.duration.total_seconds() / 60 if trial.duration else None,
-    )
-
-
-def _counts(trials: list[FrozenTrial]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for trial in trials:
-        name = trial.state.name.lower()
-        counts[name] = counts.get(name, 0) + 1
-    return counts
+        return counts_of(self._study.get_trials(deepcopy=False))
 
 
 def _stored_spec(study: optuna.Study) -> StudySpec:
@@ -222,25 +211,3 @@ def _stored_spec(study: optuna.Study) -> StudySpec:
     if not isinstance(spec, StudySpec):
         raise SpecError(f"study {study.study_name!r} in its storage is of kind {spec.kind!r}")
     return spec
-
-
-def _storage(spec: StudySpec) -> tuple[optuna.storages.BaseStorage, FileJournal | None]:
-    """Opens a study's storage, and its journal file if that is what it is."""
-    if spec.storage == "journal":
-        journal = StudyFolder.of(spec).storage.child(JOURNAL)
-        if journal.local is None:
-            return optuna.storages.JournalStorage(ObjectJournal(journal)), None
-        file = FileJournal(journal.local)
-        return optuna.storages.JournalStorage(file), file
-    try:
-        return optuna.storages.RDBStorage(spec.storage), None
-    except ImportError as error:
-        scheme = spec.storage.partition("://")[0]
-        raise SpecError(
-            f"storage {scheme}:// needs a database driver that is not installed ({error}); "
-            "pip install psycopg2-binary, or leave storage out for a journal file"
-        ) from None
-
-
-def _quiet() -> None:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)

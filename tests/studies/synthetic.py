@@ -48,7 +48,7 @@ def make_point(config: PruningConfig, ratio: float, *, method: str = "comp") -> 
     )
 
 
-def make_stage(stage: int, ratio: float, snapshot: float | None) -> StageRecord:
+def make_stage(stage: int, ratio: float, val: float) -> StageRecord:
     return StageRecord(
         stage=stage,
         mode="vision_params",
@@ -56,7 +56,7 @@ def make_stage(stage: int, ratio: float, snapshot: float | None) -> StageRecord:
         ratio=ratio,
         macs=1e9 * (1 - ratio),
         params=1000,
-        val=DENSE_VAL - ratio,
+        val=val,
         val_loss=1.0,
         train_loss=1.0,
         cost=0.1,
@@ -65,7 +65,7 @@ def make_stage(stage: int, ratio: float, snapshot: float | None) -> StageRecord:
         units=3,
         tokens={"vision": 16.0},
         seconds=0.01,
-        snapshot=snapshot,
+        snapshot=ratio,
     )
 
 
@@ -76,8 +76,9 @@ def bodies(job: Job) -> Iterator[StageRecord | CurvePoint]:
     if job.kind == "dense":
         return
     for stage, ratio in enumerate(config.ratios, 1):
-        yield make_stage(stage, ratio, ratio)
-        yield make_point(config, ratio)
+        point = make_point(config, ratio)
+        yield make_stage(stage, ratio, point.val)
+        yield point
 
 
 def prune(job: Job, directory: RunDirectory) -> Iterator[Record]:

@@ -245,7 +245,7 @@ def test_an_unexpected_failure_exits_with_1_and_one_sentence(
     def explode(*_: object) -> None:
         raise KeyError("loose end")
 
-    monkeypatch.setattr("studies.study.summarize", explode)
+    monkeypatch.setattr("studies.summary.summarize", explode)
     result = invoke("study", "status", "s", "--root", str(root))
     assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
     assert "KeyError: 'loose end'; --debug shows where" in result.stderr

@@ -14,7 +14,7 @@ from studies.driver import Outcome, StudyFailed, run_study
 from studies.errors import SpecError
 from studies.folder import StudyFolder
 from studies.spec import StudySpec
-from studies.study import StudySummary, summarize
+from studies.summary import StudySummary, summarize
 from tests.studies.synthetic import (
     DENSE_VAL,
     RUNNER,
@@ -27,6 +27,15 @@ from tests.studies.synthetic import (
 
 class DriverDied(BaseException):
     """What a test raises in place of a kill."""
+
+
+def intermediate_values(spec: StudySpec) -> dict[int, float]:
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    journal = str(StudyFolder.of(spec).path / "optuna.journal")
+    storage = optuna.storages.JournalStorage(JournalFileBackend(journal))
+    return optuna.load_study(study_name="s", storage=storage).trials[0].intermediate_values
 
 
 def run(spec: StudySpec, executor: SlotsExecutor | None = None, **options: object) -> Outcome:
@@ -101,15 +110,9 @@ def test_the_mean_over_seeds_is_told(tmp_path: Path) -> None:
 
 
 def test_every_ratio_is_reported_as_an_intermediate_value(tmp_path: Path) -> None:
-    import optuna
-    from optuna.storages.journal import JournalFileBackend
-
     spec = make_spec(tmp_path, "n_trials=1")
     run(spec)
-    journal = str(StudyFolder.of(spec).path / "optuna.journal")
-    storage = optuna.storages.JournalStorage(JournalFileBackend(journal))
-    trial = optuna.load_study(study_name="s", storage=storage).trials[0]
-    assert list(trial.intermediate_values) == [500, 800]
+    assert list(intermediate_values(spec)) == [500, 800]
 
 
 def test_consumers_see_every_record_once_and_in_order(tmp_path: Path) -> None:
@@ -317,3 +320,102 @@ def test_every_run_has_a_spec_that_runs_it_again(tmp_path: Path) -> None:
     again = read_spec(tmp_path / "runs" / "s-0001" / "spec.yaml")
     assert again.kind == "prune"
     assert again.pruning.to_dict() == found.job.config
+
+
+def test_every_seed_of_a_trial_is_kept(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, "n_trials=1", "seeds=[0, 4]")
+    run(spec)
+    trial = summary_of(spec).trials[0]
+    assert trial.by_seed[0][0] - trial.by_seed[1][0] == pytest.approx(0.04)
+    assert trial.spreads[0].half_interval == pytest.approx(12.706 * 0.02, rel=1e-3)
+
+
+PRUNED = (
+    "pruner={kind: median, startup_trials: 1, every: 0.1}",
+    "enqueue=[{num_stages: 40, exploration: 0.5}]",
+    "parallel=1",
+    "n_trials=2",
+)
+
+
+def test_a_trial_below_the_median_is_stopped_and_keeps_its_results(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, *PRUNED)
+    assert run(spec).counts == {"complete": 1, "pruned": 1}
+    trial = summary_of(spec).trials[1]
+    assert trial.reason == "stopped by the median pruner at ratio 0.1"
+    assert trial.values == ()
+    left = read_run(tmp_path / "runs" / "s-0001")
+    assert left.outcome == "failed"
+    assert left.failure == Failure("cancelled", "stopped by the study's pruner")
+    assert [type(record.body).__name__ for record in left.records] == ["CurvePoint", "StageRecord"]
+
+
+def test_a_study_with_stopped_trials_is_finished(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, *PRUNED)
+    run(spec)
+    assert summary_of(spec).is_finished
+    executor = SlotsExecutor(1)
+    run(spec, executor)
+    assert executor.submitted == ["s-dense"]
+
+
+def test_stages_are_reported_at_the_same_ratios_in_every_trial(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, "pruner={kind: hyperband, every: 0.2}", "n_trials=1")
+    run(spec)
+    first, second = (lost_points(PruningConfig(num_stages=10), ratio) for ratio in (0.5, 0.8))
+    lost = {200: 0.4 * first, 400: 0.8 * first, 600: first + (second - first) / 3, 800: second}
+    expected = {step: pytest.approx(DENSE_VAL - value) for step, value in lost.items()}
+    assert intermediate_values(spec) == expected
+
+
+def test_a_median_pruner_gets_the_area_up_to_a_ratio(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, "pruner={kind: median, every: 0.4}", "n_trials=1")
+    run(spec)
+    at = [DENSE_VAL - lost_points(PruningConfig(num_stages=10), ratio) for ratio in (0.5, 0.8)]
+    middle = DENSE_VAL + 0.8 * (at[0] - DENSE_VAL)
+    areas = [0.4 * (DENSE_VAL + middle) / 2]
+    areas.append(areas[0] + 0.1 * (middle + at[0]) / 2 + 0.3 * (at[0] + at[1]) / 2)
+    expected = {400: pytest.approx(areas[0]), 800: pytest.approx(areas[1])}
+    assert intermediate_values(spec) == expected
+
+
+def test_a_wilcoxon_pruner_compares_seed_by_seed(tmp_path: Path) -> None:
+    spec = make_spec(
+        tmp_path,
+        "pruner={kind: wilcoxon}",
+        "seeds=[0, 1, 2, 3, 4, 5]",
+        *PRUNED[1:],
+    )
+    executor = SlotsExecutor(1)
+    assert run(spec, executor).counts == {"complete": 1, "pruned": 1}
+    assert "at seed 3" in summary_of(spec).trials[1].reason
+    assert "s-0001-s5" not in executor.submitted
+
+
+@pytest.mark.parametrize("kind", ["hyperband", "patience"])
+def test_other_pruners_stop_the_worst_trial(tmp_path: Path, kind: str) -> None:
+    sections = {
+        "hyperband": "pruner={kind: hyperband, every: 0.1, reduction_factor: 2}",
+        "patience": "pruner={kind: patience, patience: 1, drop: 10}",
+    }
+    spec = make_spec(tmp_path, sections[kind], *PRUNED[1:3], "n_trials=8")
+    counts = run(spec).counts
+    assert counts["pruned"] >= 1
+    assert counts["complete"] >= 1
+
+
+def test_objectives_and_constraints_reach_optuna(tmp_path: Path) -> None:
+    spec = make_spec(
+        tmp_path,
+        "objective=[{val_at: 0.8}, {gflops_at: end}]",
+        "constraints=[{drop_at: 0.8, at_most: 9}]",
+        "space.target_ratio={kind: float, low: 0.8, high: 0.9}",
+        "n_trials=8",
+    )
+    run(spec)
+    summary = summary_of(spec)
+    assert all(len(trial.values) == 2 for trial in summary.trials)
+    for trial in summary.trials:
+        lost = DENSE_VAL - trial.values[0]
+        assert trial.excess == {"drop_at 0.8 at most 9": pytest.approx(lost - 9)}
+    assert all(trial.is_feasible for trial in summary.front)

@@ -22,7 +22,8 @@ from studies.folder import StudyFolder
 from studies.report import read_report, write_report
 from studies.session import conduct_study, sync_study
 from studies.sources import find_runs
-from studies.study import Study, summarize
+from studies.study import Study
+from studies.summary import summarize
 from tests.object_store import SECRET, ObjectStore, serving
 from tests.studies.synthetic import RUNNER, make_spec, prune
 from tests.tiny import FAMILIES

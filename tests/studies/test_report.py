@@ -67,5 +67,5 @@ def test_a_study_without_a_finished_trial_says_so(tmp_path: Path) -> None:
     spec = make_spec(tmp_path)
     StudyFolder.of(spec).freeze(spec)
     report = read_report(StudyFolder.of(spec))
-    assert report.to_text() == "no trial is complete yet"
+    assert report.to_text() == "study 's' has no complete trial yet"
     assert write_report(StudyFolder.of(spec), report) == []

@@ -19,7 +19,7 @@ from studies.folder import StudyFolder
 from studies.session import conduct_run, conduct_study, gpu_share, sync_study
 from studies.spec import PruneSpec
 from studies.specfile import spec_of, tracking_uri
-from studies.study import summarize
+from studies.summary import summarize
 from tests.studies.synthetic import RUNNER, make_spec
 
 ROOT = Path(__file__).parents[2]

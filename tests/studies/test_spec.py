@@ -27,6 +27,26 @@ def study(*overrides: str) -> StudySpec:
         ("objective={area: [0.8, 0.5]}", "area must be two ascending ratios, but got [0.8, 0.5]"),
         ("objective={test_at: 0.8}", "the test split is never the objective"),
         ("objective={val_at: 0.9}", "up to ratio 0.9, but a trial may end at 0.8"),
+        ("objective={val_at: fin}", "val_at must be a ratio or 'end', but got 'fin'"),
+        ("objective={val_up: 0.8}", "but got 'val_up'; did you mean 'val_at'?"),
+        ("objective=[{val_at: 0.8}, {val_at: 0.8}]", "must not name a measure twice"),
+        (
+            "constraints=[{drop_at: 0.8}]",
+            "a constraint must be a measure with at_most or at_least",
+        ),
+        (
+            "constraints=[{drop_at: 0.9, at_most: 2}]",
+            "up to ratio 0.9, but a trial may end at 0.8",
+        ),
+        ("sampler={kind: cmas}", "but got 'cmas'; did you mean 'cmaes'?"),
+        ("sampler={kind: grid}", "space.exploration: step is missing, and a grid needs one"),
+        ("sampler={kind: random, startup_trials: 3}", "unknown key 'startup_trials'"),
+        ("pruner={kind: medan}", "but got 'medan'; did you mean 'median'?"),
+        ("pruner={kind: wilcoxon}", "after 4 seeds at the earliest, so seeds must be more than"),
+        ("enqueue=[{num_stage: 3}]", "enqueue.0: 'num_stage' is not searched by this study; did"),
+        ("enqueue=[{num_stages: 99}]", "num_stages: 99 is not in the domain, whose nearest value"),
+        ("space.exploration.step=0.3", "high must be a whole number of steps above low"),
+        ("space.exploration.when=x", "when must be a mapping such as {schedule: mps}"),
         ("n_trials=0", "n_trials must be greater than or equal to 1, but got 0"),
         ("n_trials=many", "n_trials must be a valid integer, but got 'many'"),
         ("pruning.num_stages=true", "num_stages must not be true or false, but got True"),
@@ -121,3 +141,31 @@ def test_identity_is_plain_json() -> None:
     import json
 
     assert json.loads(json.dumps(identity(study()))) == identity(study())
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        (
+            ["objective=[{val_at: 0.8}, {gflops_at: end}]", "pruner={kind: median}"],
+            "pruner must be left out of a study with several objectives",
+        ),
+        (
+            ["objective=[{val_at: 0.8}, {gflops_at: end}]", "sampler={kind: cmaes}"],
+            "sampler cmaes takes one objective",
+        ),
+        (
+            [
+                "space.num_stages={kind: int, low: 1, high: 9999}",
+                "space.exploration.step=0.001",
+                "sampler={kind: grid}",
+            ],
+            "the grid has 5009499 combinations, which is more than 100000",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_a_sentence(changes: list[str], complaint: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        study(*changes)
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
