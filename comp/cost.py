@@ -24,7 +24,7 @@ from torch import Tensor
 from comp.modes import PruningMode
 
 if TYPE_CHECKING:
-    from comp.blocks import UnitGroup
+    from comp.sites import UnitGroup
 
 N = TypeVar("N", int, Tensor)
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from comp.blocks import AttentionSite
 from comp.evaluation import batch_size_of, evaluating
 from comp.handle import PruningHandle
 from comp.importance import ActivationStatistics
+from comp.sites import AttentionSite
 from comp.tasks.base import Batch, Task
 
 

@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from comp.blocks import Block
 from comp.cost import Measurement
 from comp.evaluation import evaluating, measure_cost
 from comp.handle import PruningHandle, handle_of
 from comp.models import adapter_of
+from comp.sites import Block
 from comp.tasks.base import Batch, Task
 
 BESIDE_THE_MINIMUM = 2

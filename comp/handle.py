@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from comp.blocks import AttentionSite, Block, UnitGroup
 from comp.config import Method
 from comp.cost import Measurement, Meter
 from comp.importance import ActivationStatistics
 from comp.madtp import Alignment
 from comp.modes import PARAMETER_MODES, PruningMode, Stream
+from comp.sites import AttentionSite, Block, UnitGroup
 from comp.trace import TokenTrace
 
 ALIGNMENT = "alignment"

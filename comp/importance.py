@@ -45,11 +45,18 @@ def token_importance(
     """
     if attention.dim() != 4 or attention.shape[2] != attention.shape[3]:
         raise ValueError(f"attention must be (B, H, N, N), but got {tuple(attention.shape)}")
-    return column_scores(_strongest(attention, head_mask), valid, protected)
+    return column_scores(strongest_heads(attention, head_mask), valid, protected)
 
 
-def _strongest(attention: Tensor, head_mask: Tensor | None) -> Tensor:
-    """Maximum over heads of attention ``(B, H, Q, N)`` under soft head masks (Eq. 7)."""
+def strongest_heads(attention: Tensor, head_mask: Tensor | None = None) -> Tensor:
+    """Maximum over heads of attention ``(B, H, Q, N)`` under soft head masks (Eq. 7).
+
+    Returns:
+        ``(B, Q, N)``, float32, detached.
+
+    Raises:
+        ValueError: If the mask is not ``(H,)``.
+    """
     probabilities = attention.detach().float()
     if head_mask is not None:
         if head_mask.shape != attention.shape[1:2]:
@@ -88,8 +95,8 @@ def voted_importance(
             f"votes and scored must be ({batch}, {queries}) and ({batch}, {num_tokens}), but got "
             f"{tuple(votes.shape)} and {tuple(scored.shape)}"
         )
-    strongest = _strongest(attention, head_mask)
-    return normalise_scores((votes.unsqueeze(2) * strongest).sum(dim=1), scored)
+    sums = vote_sums(strongest_heads(attention, head_mask), votes)
+    return normalise_scores(sums, scored)
 
 
 def column_scores(
@@ -120,9 +127,22 @@ def column_scores(
                 f"{name} must be ({batch}, {num_tokens}), but got {tuple(mask.shape)}"
             )
         scored = scored & (mask.bool() if keep else ~mask.bool())
-    votes = scored.to(strongest.dtype)
-    sums = (votes.unsqueeze(2) * strongest).sum(dim=1) * votes
-    return normalise_scores(sums, scored)
+    return normalise_scores(vote_sums(strongest, scored), scored)
+
+
+def vote_sums(strongest: Tensor, votes: Tensor) -> Tensor:
+    """Sums, per key, what the queries that vote give it.
+
+    Sums over parts of the queries add up, so that attention need not be held as a whole.
+
+    Args:
+        strongest: ``strongest_heads`` of some queries, ``(B, Q, N)``.
+        votes: Which of these count, ``(B, Q)`` bool.
+
+    Returns:
+        ``(B, N)``, float32.
+    """
+    return (votes.unsqueeze(2) * strongest).sum(dim=1)
 
 
 def normalise_scores(sums: Tensor, scored: Tensor) -> Tensor:
@@ -196,7 +216,7 @@ def weighted_square_sums(activation: Tensor, token_weight: Tensor | None = None)
             f"token_weight must be {tuple(activation.shape[:2])} like the activation's rows, "
             f"but got {tuple(token_weight.shape)}"
         )
-    return torch.einsum("bn,bnh->h", token_weight.detach().float(), squares)
+    return token_weight.detach().float().flatten() @ squares.flatten(0, 1)
 
 
 def parameter_importance(

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from comp.blocks import UnitGroup
 from comp.handle import PruningHandle
 from comp.importance import ActivationStatistics
+from comp.sites import UnitGroup
 
 
 @dataclass(frozen=True)

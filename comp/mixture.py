@@ -48,9 +48,12 @@ class Mixture:
         )
 
     def restore(self, rows: Tensor, length: int) -> Tensor:
-        """Puts rows ``(B, K, D)`` back where they stood, zeros elsewhere, ``(B, length, D)``."""
+        """Puts rows ``(B, K, D)`` back where they stood, zeros elsewhere, ``(B, length, D)``.
+
+        Padded rows, which are zero, are added to some column.
+        """
         whole = rows.new_zeros(rows.shape[0], length, rows.shape[2])
-        return whole.scatter(1, self.columns.unsqueeze(-1).expand_as(rows), rows)
+        return whole.scatter_add(1, self.columns.unsqueeze(-1).expand_as(rows), rows)
 
     def scores(
         self, query: Tensor, key: Tensor, scale: float, valid: Tensor, head_mask: Tensor | None

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from comp.blocks import UnitGroup
 from comp.config import PruningConfig
 from comp.cost import Measurement
 from comp.errors import BudgetUnreachable, NanLoss
@@ -47,6 +46,7 @@ from comp.models import attach
 from comp.modes import PruningMode, Stream
 from comp.results import CurvePoint, PruningResult, Snapshot, StageRecord
 from comp.shrink import migrate_optimizer_, num_parameters, shrink_
+from comp.sites import UnitGroup
 from comp.strategy import FixedStrategy, LookaheadStrategy, MultiModeStrategy, Strategy
 from comp.tasks.base import Task
 from comp.upop import gradient_scores

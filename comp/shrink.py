@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from comp.blocks import AttentionSite, FeedForwardSite, LinearRef, UnitGroup
 from comp.errors import CheckpointMismatch
 from comp.handle import PruningHandle
+from comp.sites import AttentionSite, FeedForwardSite, LinearRef, UnitGroup
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,10 @@ known beforehand, ``select_count`` keeps the same number in every sample instead
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from comp.packing import Packing, padded
 
 
 @dataclass
@@ -23,11 +26,14 @@ class Selection:
         summary_weight: Weights that merge the dropped rows into one summary token, ``(B, N)``,
             rows sum to 1 or to 0 where a sample dropped nothing; ``None`` when dropped rows are
             discarded or nobody dropped any.
+        padding: Whether some sample has padded places or no summary; ``None`` where it is not
+            known, because shapes must not depend on values.
     """
 
     index: Tensor
     valid: Tensor
     summary_weight: Tensor | None
+    padding: bool | None = None
 
     def gather(self, rows: Tensor) -> Tensor:
         """Gathers hidden states ``(B, N, D)`` into ``(B, K, D)``, padded rows being zero.
@@ -40,6 +46,52 @@ class Selection:
             return kept
         summary = (self.summary_weight.unsqueeze(-1).to(rows.dtype) * rows).sum(dim=1)
         return torch.cat([kept, summary.unsqueeze(1)], dim=1)
+
+    def gather_rows(self, rows: Tensor, packing: Packing | None) -> tuple[Tensor, Packing | None]:
+        """Gathers hidden states without padding them.
+
+        Args:
+            rows: ``(B, N, D)``, or ``(T, D)`` as ``packing`` says.
+            packing: How the rows are packed, if they are.
+
+        Returns:
+            The rows that stay, with the summary tokens, and how they are packed; in the grid
+            ``(B, K, D)`` or ``(B, K + 1, D)`` if every sample keeps equally many.
+        """
+        batch, kept = self.index.shape
+        if self.padding is None:
+            return self.gather(padded(packing, rows)), None
+        flat = rows if packing is not None else rows.flatten(0, 1)
+        length = rows.shape[1] if packing is None else packing.length
+        places = self.index + length * torch.arange(batch, device=rows.device).unsqueeze(1)
+        if packing is not None:
+            places = packing.rows_at()[places]
+        summary = None if self.summary_weight is None else self._summaries(flat, packing)
+        if not self.padding:
+            grid = flat.index_select(0, places.flatten()).view(batch, kept, -1)
+            return grid if summary is None else torch.cat([grid, summary.unsqueeze(1)], 1), None
+        width = kept + (summary is not None)
+        grid_places = torch.arange(batch * width, device=rows.device).view(batch, width)
+        stay = [flat.index_select(0, places[self.valid])]
+        where = [grid_places[:, :kept][self.valid]]
+        if summary is not None:
+            has = self._has_summary()
+            stay.append(summary[has])
+            where.append(grid_places[has, kept])
+        return torch.cat(stay), Packing(torch.cat(where), batch, width)
+
+    def _summaries(self, flat: Tensor, packing: Packing | None) -> Tensor:
+        """One merged row per sample, ``(B, D)``, of rows ``(T, D)``."""
+        assert self.summary_weight is not None
+        weight = self.summary_weight.to(flat.dtype)
+        merged = weight > 0
+        ends = merged.sum(dim=1).cumsum(0)
+        places = merged.flatten().nonzero().flatten()
+        own = weight.flatten()[places]
+        if packing is not None:
+            places = packing.rows_at()[places]
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        return F.embedding_bag(places, flat, starts, mode="sum", per_sample_weights=own)
 
     def gather_flags(self, flags: Tensor) -> Tensor:
         """Gathers a bool mask ``(B, N)``; padding and the summary token are False."""
@@ -123,8 +175,10 @@ def keep_if(
         True for the survivors, ``(B, N)`` bool.
     """
     scored = valid & ~protected
-    floor = scored & (_ranks(scores, scored) < min_tokens)
-    return (scored & above) | floor | (protected & valid)
+    above = above & scored
+    if torch.compiler.is_exporting() or bool((above.sum(dim=1) < min_tokens).any()):
+        above = above | (scored & (_ranks(scores, scored) < min_tokens))
+    return above | (protected & valid)
 
 
 def keep_share(
@@ -175,14 +229,18 @@ def select(keep: Tensor, scores: Tensor, valid: Tensor, *, merge: bool) -> Selec
             "tokens are dropped by a threshold, so their number differs from sample to sample and "
             "cannot be exported; fix it with comp.export.freeze_token_counts or tokens='static'"
         )
-    dropped = valid & ~keep
-    if not bool(dropped.any()):
-        return None
     counts = keep.sum(dim=1)
-    num_kept = int(counts.max())
-    index = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :num_kept]
+    dropped = valid & ~keep
+    missing = dropped.sum(dim=1)
+    kept, gone = counts.tolist(), missing.tolist()
+    if not any(gone):
+        return None
+    num_kept = max(kept)
     kept_valid = torch.arange(num_kept, device=keep.device) < counts.unsqueeze(1)
-    return Selection(index, kept_valid, _merging(scores, dropped) if merge else None)
+    index = torch.zeros_like(kept_valid, dtype=torch.int64)
+    index[kept_valid] = keep.nonzero()[:, 1]
+    padding = min(kept) < num_kept or (merge and not all(gone))
+    return Selection(index, kept_valid, _merging(scores, dropped) if merge else None, padding)
 
 
 def select_count(

@@ -16,21 +16,13 @@ from transformers.modeling_outputs import (
 )
 
 from comp import cost
-from comp.blocks import (
-    AttentionSite,
-    Block,
-    CrossAttention,
-    FeedForwardSite,
-    LinearRef,
-    SubLayer,
-    TokenState,
-    real_rows,
-    run_blocks,
-)
+from comp.blocks import run_blocks
 from comp.handle import PruningHandle, Structure, stock_forward, swap_forward
 from comp.models.base import counted_linear
 from comp.models.blip_nlvr import BlipForNLVR, TwinCrossAttention
 from comp.modes import PruningMode, Stream
+from comp.sites import AttentionSite, Block, CrossAttention, FeedForwardSite, LinearRef, SubLayer
+from comp.token_state import TokenState, real_rows
 
 VISION = frozenset({Stream.VISION})
 TEXT = frozenset({Stream.TEXT})

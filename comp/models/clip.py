@@ -14,18 +14,12 @@ from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModel
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
 from comp import cost
-from comp.blocks import (
-    AttentionSite,
-    Block,
-    FeedForwardSite,
-    LinearRef,
-    SubLayer,
-    TokenState,
-    run_blocks,
-)
+from comp.blocks import run_blocks
 from comp.handle import PruningHandle, Structure, stock_forward, swap_forward
 from comp.models.base import counted_linear
 from comp.modes import PruningMode, Stream
+from comp.sites import AttentionSite, Block, FeedForwardSite, LinearRef, SubLayer
+from comp.token_state import TokenState
 
 
 class ClipAdapter:

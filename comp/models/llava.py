@@ -39,19 +39,13 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from comp import cost
-from comp.blocks import (
-    AttentionSite,
-    Block,
-    FeedForwardSite,
-    LinearRef,
-    SubLayer,
-    TokenState,
-    run_blocks,
-)
+from comp.blocks import run_blocks
 from comp.errors import UnsupportedModelError
 from comp.handle import PruningHandle, Structure, stock_forward, swap_forward
 from comp.mixture import Mixture, causal_mask
 from comp.modes import PruningMode, Stream
+from comp.sites import AttentionSite, Block, FeedForwardSite, LinearRef, SubLayer
+from comp.token_state import TokenState
 
 STREAMS = frozenset({Stream.VISION, Stream.TEXT})
 _IGNORED = -100  # a label that the loss leaves out

@@ -12,11 +12,12 @@ from transformers import SiglipModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from comp import cost
-from comp.blocks import TokenState, run_blocks
+from comp.blocks import run_blocks
 from comp.handle import PruningHandle, Structure, stock_forward, swap_forward
 from comp.models.base import counted_linear
 from comp.models.clip import encoder_blocks, pooled_rows
 from comp.modes import Stream
+from comp.token_state import TokenState
 
 
 class SiglipAdapter:

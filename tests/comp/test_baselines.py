@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comp.blocks import FeedForwardSite, LinearRef
 from comp.config import METHODS, PruningConfig
 from comp.handle import PruningHandle, Structure
 from comp.masks import rank_scores
@@ -15,6 +14,7 @@ from comp.models import attach
 from comp.modes import PARAMETER_MODES, PruningMode
 from comp.pruner import Pruner
 from comp.results import StageRecord
+from comp.sites import FeedForwardSite, LinearRef
 from comp.tasks.base import Batch
 from comp.upop import PENALTIES, gradient_scores, mask_gradients
 from tests.tiny import ENCODER_FAMILIES, FAMILIES, TinyFamily, TinyTask

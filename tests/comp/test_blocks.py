@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from comp.blocks import real_rows, unmetered
+from comp.blocks import unmetered
 from comp.config import Method
 from comp.handle import PruningHandle
 from comp.models import attach
 from comp.modes import Stream
+from comp.token_state import real_rows
 from tests.comp.naive_blip import NaiveBlip
 from tests.tiny import (
     ENCODER_FAMILIES,
@@ -356,13 +357,18 @@ def test_the_minima_hold_under_any_threshold(family: TinyFamily, handle: Pruning
 
 
 @pytest.mark.parametrize("family", ENCODER_FAMILIES, indirect=True)
-def test_dropping_tokens_drops_them(family: TinyFamily, handle: PruningHandle) -> None:
+def test_feed_forward_layers_see_the_kept_rows_and_no_padding(
+    family: TinyFamily, handle: PruningHandle
+) -> None:
     rows: list[int] = []
-    last = handle.structure.encoders["vision"][-1].feed_forward.inputs[0].linear
-    hook = last.register_forward_hook(lambda m, args, out: rows.append(out.shape[1]))
-    _, recorder = measured(handle, family, family.batch(1, 0))
+    last = handle.structure.encoders["vision"][-1].feed_forward.out.linear
+    hook = last.register_forward_hook(
+        lambda m, args, out: rows.append(args[0].numel() // args[0].shape[-1])
+    )
+    _, recorder = measured(handle, family, family.batch(3, 0))
     hook.remove()
-    assert rows[0] == max(recorder.counts["vision.2"]) < 17
+    counts = recorder.counts["vision.2"]
+    assert sum(rows) == sum(counts) < 17 * len(counts)
 
 
 @pytest.mark.parametrize("name", ["clip", "llava"])

@@ -310,8 +310,8 @@ def test_the_end_token_counts_fully_in_parameter_scores() -> None:
     site.inputs[0].linear.register_forward_hook(lambda *call: seen.append(call[2]))
     with handle.collecting() as statistics:
         text_output(model, batch)
-    ends = batch["attention_mask"].sum(dim=1) - 1
-    pooled = site.activation(seen[0])[torch.arange(4), ends].square().sum(dim=0)
+    ends = batch["attention_mask"].sum(dim=1).cumsum(dim=0) - 1  # the rows of all texts in a row
+    pooled = site.activation(seen[0])[ends].square().sum(dim=0)
     assert bool((statistics.sums[site.name] >= pooled * (1 - 1e-5)).all())
 
 
