@@ -1,4 +1,4 @@
-"""Saving and loading pruned models: safetensors, the dense config, and a JSON plan.
+"""Saving and loading models, dense or pruned: safetensors, the dense config, and a JSON plan.
 
 A pruned directory holds ``config.json`` of the dense model, ``model.safetensors`` of the shrunk
 weights, ``pruning.json`` with the kept units and token thresholds, and the tokenizer. Loading
@@ -57,7 +57,7 @@ def save_pruned(
     config: Any = model.config
     config.architectures = [type(model).__name__]
     config.save_pretrained(directory)
-    save_file(_unique_tensors(model, dtype), directory / WEIGHTS)
+    save_file(_unique_tensors(model, dtype), directory / WEIGHTS, metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     if card is not None:
@@ -94,11 +94,14 @@ def load_pruned(directory: str | Path) -> nn.Module:
         CheckpointMismatch: If plan, config and weights do not belong together.
     """
     from comp.models import attach, model_classes
+    from comp.models.dense import WEIGHT_FILES, load_dense
 
     directory = Path(directory)
-    for name in ("config.json", WEIGHTS):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory} holds no {name}; it is no saved model")
+    plan_path = directory / PLAN
+    weights = (WEIGHTS,) if plan_path.is_file() else WEIGHT_FILES
+    for choice in (("config.json",), weights):
+        if not any((directory / name).is_file() for name in choice):
+            raise FileNotFoundError(f"{directory} holds no {choice[0]}; it is no saved model")
     config = json.loads((directory / "config.json").read_text())
     names = config.get("architectures") or ["(none)"]
     classes: dict[str, Any] = model_classes()
@@ -108,27 +111,27 @@ def load_pruned(directory: str | Path) -> nn.Module:
             + ", ".join(sorted(classes))
         )
     model_class = classes[names[0]]
+    if not plan_path.is_file():
+        return load_dense(model_class, directory).eval()
     model: nn.Module = model_class(model_class.config_class.from_pretrained(directory))
-    plan_path = directory / PLAN
-    if plan_path.is_file():
-        plan = json.loads(plan_path.read_text())
-        switches = Method(
-            cip=plan["cip"], cit=plan["cit"], schedule="mps", token_score=plan["token_score"]
+    plan = json.loads(plan_path.read_text())
+    switches = Method(
+        cip=plan["cip"], cit=plan["cit"], schedule="mps", token_score=plan["token_score"]
+    )
+    handle = attach(
+        model,
+        switches=switches,
+        merge=plan["merge"],
+        min_tokens={Stream(k): v for k, v in plan["min_tokens"].items()},
+    )
+    if plan["dense_units"] != handle.dense_units:
+        raise CheckpointMismatch(
+            f"{plan_path} was made for a {plan['family']} model of other widths than "
+            f"{directory / 'config.json'} describes; the files do not belong together"
         )
-        handle = attach(
-            model,
-            switches=switches,
-            merge=plan["merge"],
-            min_tokens={Stream(k): v for k, v in plan["min_tokens"].items()},
-        )
-        if plan["dense_units"] != handle.dense_units:
-            raise CheckpointMismatch(
-                f"{plan_path} was made for a {plan['family']} model of other widths than "
-                f"{directory / 'config.json'} describes; the files do not belong together"
-            )
-        apply_plan_(handle, plan["kept"])
-        handle.thresholds = {Stream(k): v for k, v in plan["thresholds"].items()}
-        handle.static_tokens = _fitting_counts(handle, plan.get("static_tokens"), plan_path)
+    apply_plan_(handle, plan["kept"])
+    handle.thresholds = {Stream(k): v for k, v in plan["thresholds"].items()}
+    handle.static_tokens = _fitting_counts(handle, plan.get("static_tokens"), plan_path)
     _load_strictly(model, directory / WEIGHTS)
     return model.eval()
 

@@ -252,6 +252,7 @@ def _load(model: str, task: str, data: str | None) -> "tuple[LoadedModel, Task]"
         task,
         tokenizer=loaded.tokenizer,
         image_size=loaded.image_size,
+        transform=loaded.transform,
         data=Path(data) if data else None,
     )
     return loaded, built

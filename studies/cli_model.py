@@ -281,7 +281,13 @@ def _load(
     name = task or loaded.task
     if not name:
         raise ValueError(f"{model} does not say its task; name it with --task")
-    built = build_task(name, tokenizer=loaded.tokenizer, image_size=loaded.image_size, data=data)
+    built = build_task(
+        name,
+        tokenizer=loaded.tokenizer,
+        image_size=loaded.image_size,
+        transform=loaded.transform,
+        data=data,
+    )
     return loaded, built
 
 

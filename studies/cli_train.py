@@ -66,7 +66,7 @@ def _accuracy_text(card: dict[str, Any]) -> str:
 )
 @click.option(
     "--tokenizer",
-    default="bert-base-uncased",
+    default="google-bert/bert-base-uncased",
     show_default=True,
     help="BERT's vocabulary: a vocab.txt, a directory with one, or a hub id.",
 )

@@ -107,6 +107,7 @@ def check_places(spec: RunSpec) -> None:
     Raises:
         SpecError: If one is unknown or missing.
     """
+    from comp.models.hub import is_repository
     from comp.models.presets import MODEL_PRESETS
     from comp.tasks.names import TASKS
     from orchestration.tracking import MlflowTracker
@@ -119,11 +120,11 @@ def check_places(spec: RunSpec) -> None:
         raise SpecError(
             f"model {spec.model!r} was trained for task {preset.task!r}, but task is {spec.task!r}"
         )
-    if preset is None and not Path(spec.model).is_dir():
+    if preset is None and not Path(spec.model).is_dir() and not is_repository(spec.model):
         hint = nearest(spec.model, list(MODEL_PRESETS))
         raise SpecError(
-            f"model must be a directory or one of {', '.join(MODEL_PRESETS)}, "
-            f"but got {spec.model!r}{hint}"
+            f"model must be a directory, owner/name of the hub or one of "
+            f"{', '.join(MODEL_PRESETS)}, but got {spec.model!r}{hint}"
         )
     if spec.data is not None and not Path(spec.data).exists():
         raise SpecError(

@@ -42,8 +42,13 @@ DANGEROUS = {
 
 
 def calls(path: Path) -> set[str]:
-    nodes = ast.walk(ast.parse(path.read_text()))
-    return {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+    """What a file calls, ``torch.load`` apart where it says that it reads data only."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    return {
+        ast.unparse(node.func)
+        for node in nodes
+        if "weights_only=True" not in map(ast.unparse, node.keywords)
+    }
 
 
 def keywords(path: Path) -> set[str]:
@@ -81,7 +86,7 @@ def test_pickled_weights_are_not_loaded(tmp_path: Path, name: str) -> None:
     save_pruned(FAMILIES["blip-nlvr"].build(0), model)
     (model / "model.safetensors").unlink()
     torch.save({"weight": Trap(tmp_path / "trap")}, model / name)
-    with pytest.raises(Exception, match=r"no model.safetensors|[Hh]eader"):
+    with pytest.raises(Exception, match="cannot be read as data"):
         load_model(model)
     assert not (tmp_path / "trap").exists()
 

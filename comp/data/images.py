@@ -2,6 +2,9 @@
 
 import io
 import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,8 +62,65 @@ def resize_pixels(image: Image.Image, size: int) -> Tensor:
     """
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = np.asarray(image, dtype=np.uint8)  # (H, W, 3)
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+    return _pixels_of(image)
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """How a model's images are made of pictures of any shape.
+
+    Attributes:
+        size: Height and width in pixels.
+        shortest_edge: What the shorter side becomes before the middle is cut out; ``None``
+            resizes to a square, whatever the aspect ratio, as BLIP does.
+        mean: Of each channel, of values 0..1.
+        std: Of each channel, of values 0..1.
+    """
+
+    size: int
+    shortest_edge: int | None = None
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Returns the pixels of an RGB image, 0..255, ``(3, size, size)``, uint8."""
+        if self.shortest_edge is None:
+            return resize_pixels(image, self.size)
+        return _pixels_of(_middle(image, self.shortest_edge, self.size))
+
+    def restated(self, pixels: Tensor) -> Tensor:
+        """Shifts pixels so that ``normalize`` gives what this mean and deviation would.
+
+        Args:
+            pixels: Values of 0..255, ``(B, 3, H, W)``.
+        """
+        if (self.mean, self.std) == (CLIP_MEAN, CLIP_STD):
+            return pixels
+        mean, std, own_mean, own_std = (
+            torch.tensor(values).view(3, 1, 1)
+            for values in (CLIP_MEAN, CLIP_STD, self.mean, self.std)
+        )
+        return ((pixels.float() / 255.0 - own_mean) / own_std * std + mean) * 255.0
+
+
+def transform_of(processor: Mapping[str, Any], size: int) -> ImageTransform:
+    """Reads ``preprocessor_config.json``, as ``transformers`` saves it with a model.
+
+    Args:
+        processor: What the file holds; empty means BLIP's own way.
+        size: Side of the model's images in pixels.
+    """
+    edge = processor.get("size")
+    if isinstance(edge, Mapping):
+        edge = edge.get("shortest_edge")
+    elif not processor.get("do_center_crop"):
+        edge = None  # older files: a number is both sides where nothing is cropped
+    return ImageTransform(
+        size,
+        int(edge) if edge and processor.get("do_center_crop", True) else None,
+        tuple(processor.get("image_mean") or CLIP_MEAN),
+        tuple(processor.get("image_std") or CLIP_STD),
+    )
 
 
 def normalize(pixels: Tensor) -> Tensor:
@@ -102,6 +162,21 @@ def image_tensor(data: bytes, size: int) -> Tensor:
         ValueError: If the bytes are no image or end too early.
     """
     return normalize(resize_pixels(decode_image(data), size))
+
+
+def _pixels_of(image: Image.Image) -> Tensor:
+    pixels = np.asarray(image, dtype=np.uint8)  # (H, W, 3)
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+def _middle(image: Image.Image, edge: int, size: int) -> Image.Image:
+    """Resizes the shorter side to ``edge`` and cuts a square out of the middle, as CLIP does."""
+    width, height = image.size
+    scale = edge / min(width, height)
+    sides = (edge, int(height * scale)) if width <= height else (int(width * scale), edge)
+    resized = image.resize(sides, Image.Resampling.BICUBIC)
+    left, top = (sides[0] - size) // 2, (sides[1] - size) // 2
+    return resized.crop((left, top, left + size, top + size))
 
 
 def _over_white(image: Image.Image) -> Image.Image:

@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor, nn
 
 from comp.config import Method
+from comp.data.images import ImageTransform
 from comp.handle import (
     ALIGNMENT,
     PruningHandle,
@@ -25,10 +26,12 @@ class Adapter(Protocol):
     Attributes:
         name: Name of the family.
         classes: Model classes it serves, by class name; ``load_model`` builds them.
+        tasks: The task that a class is for, where there is one.
     """
 
     name: str
     classes: dict[str, type[nn.Module]]
+    tasks: dict[str, str]
 
     def structure(self, model: nn.Module) -> Structure:
         """Returns the blocks of a model that is an instance of one of ``classes``."""
@@ -48,8 +51,8 @@ class LoadedModel:
         tokenizer: Its tokenizer.
         name: Preset name or directory name.
         family: Name of the family.
-        task: The task it was trained for, ``""`` if unknown.
-        image_size: Side of its input images in pixels.
+        task: The task it was trained for or its class is for, ``""`` if unknown.
+        transform: How its images are made.
         card: The model card: recipe, seed, measured accuracy.
     """
 
@@ -58,8 +61,13 @@ class LoadedModel:
     name: str
     family: str
     task: str
-    image_size: int
+    transform: ImageTransform
     card: dict[str, Any]
+
+    @property
+    def image_size(self) -> int:
+        """Side of its input images in pixels."""
+        return self.transform.size
 
 
 def attach_with(

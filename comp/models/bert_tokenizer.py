@@ -13,6 +13,7 @@ from comp.models.hub import find_repository, is_repository
 from comp.models.tokenizer import as_pretrained
 
 _EXTRA = ("[DEC]", "[ENC]")  # in this order: BLIP adds them behind the vocabulary
+_SEEING = ("BlipForNLVR", "BlipForQuestionAnswering")  # texts that see an image begin with [ENC]
 
 
 def bert_tokenizer(source: str, *, first_token: str, max_length: int, vocab_size: int) -> Any:
@@ -72,11 +73,36 @@ def blip_tokenizer(
     return as_pretrained(tokenizer, max_length=max_length)
 
 
+def with_blip_tokens(tokenizer: Any, model: Any) -> Any:
+    """Gives a plain BERT tokenizer, which the hub's BLIP models come with, BLIP's two tokens.
+
+    A tokenizer that has a token to begin an answer with is one already and stays as it is, and so
+    does one that is not the model's.
+
+    Args:
+        tokenizer: What was saved with the model.
+        model: A BLIP model.
+    """
+    text = model.config.text_config
+    words = tokenizer.get_vocab()
+    plain = {word: index for word, index in words.items() if word not in _EXTRA}
+    if tokenizer.bos_token is not None or len(plain) + len(_EXTRA) != text.vocab_size:
+        return tokenizer
+    first = "[ENC]" if type(model).__name__ in _SEEING else "[CLS]"
+    return blip_tokenizer(
+        Tokenizer(WordPiece(plain, unk_token="[UNK]", max_input_chars_per_word=100)),
+        "the model's tokenizer",
+        first_token=first,
+        max_length=text.max_position_embeddings,
+        vocab_size=text.vocab_size,
+    )
+
+
 def _vocabulary(source: str) -> Path:
     path = Path(source)
     if path.is_dir():
         path = path / "vocab.txt"
-    elif not path.is_file() and is_repository(source):
+    elif is_repository(source):
         path = find_repository(source, files=("vocab.txt",)) / "vocab.txt"
     if not path.is_file():
         raise ValueError(

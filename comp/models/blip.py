@@ -38,6 +38,12 @@ class BlipAdapter:
         "BlipForImageTextRetrieval": BlipForImageTextRetrieval,
         "BlipForConditionalGeneration": BlipForConditionalGeneration,
     }
+    tasks: dict[str, str] = {  # noqa: RUF012
+        "BlipForNLVR": "nlvr2",
+        "BlipForQuestionAnswering": "vqa",
+        "BlipForImageTextRetrieval": "retrieval",
+        "BlipForConditionalGeneration": "captioning",
+    }
 
     def structure(self, model: Any) -> Structure:
         """Returns the blocks of a BLIP model."""

@@ -119,7 +119,7 @@ def convert_blip(
     out: Path,
     *,
     image_size: int | None = None,
-    tokenizer: str | None = "bert-base-uncased",
+    tokenizer: str | None = "google-bert/bert-base-uncased",
 ) -> Conversion:
     """Turns a checkpoint of BLIP's authors into a directory that ``load_model`` takes.
 

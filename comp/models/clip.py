@@ -31,6 +31,9 @@ class ClipAdapter:
         "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
         "CLIPVisionModelWithProjection": CLIPVisionModelWithProjection,
     }
+    tasks: dict[str, str] = {  # noqa: RUF012
+        "CLIPModel": "retrieval",
+    }
 
     def structure(self, model: Any) -> Structure:
         """Returns the blocks of a CLIP model."""

@@ -7,14 +7,14 @@ asked. Only data is ever fetched, no code.
 import re
 from pathlib import Path
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DATA = ("*.json", "*.safetensors", "*.txt", "*.model")
 _PICKLES = ("*.bin",)
 
 
 def is_repository(source: str) -> bool:
-    """Whether a text could name a repository of the hub: ``name`` or ``owner/name``."""
-    return _REPOSITORY.fullmatch(source) is not None
+    """Whether a text names a repository of the hub, ``owner/name``, and nothing on this disk."""
+    return _REPOSITORY.fullmatch(source) is not None and not Path(source).exists()
 
 
 def find_repository(source: str, *, files: tuple[str, ...] = _DATA) -> Path:

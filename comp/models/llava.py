@@ -58,6 +58,9 @@ class LlavaAdapter:
     classes: dict[str, type[nn.Module]] = {  # noqa: RUF012 (a Protocol attribute)
         "LlavaForConditionalGeneration": LlavaForConditionalGeneration,
     }
+    tasks: dict[str, str] = {  # noqa: RUF012
+        "LlavaForConditionalGeneration": "instruct",
+    }
 
     def structure(self, model: Any) -> Structure:
         """Returns the blocks of the language model.

@@ -7,15 +7,21 @@ from typing import Any, Literal
 from torch import nn
 
 from comp.config import Method, nearest
+from comp.data.images import ImageTransform, transform_of
 from comp.errors import UnsupportedModelError
 from comp.handle import PruningHandle
 from comp.models.base import Adapter, LoadedModel, attach_with
+from comp.models.bert_tokenizer import with_blip_tokens
 from comp.models.blip import BlipAdapter
 from comp.models.clip import ClipAdapter
+from comp.models.hub import find_repository, is_repository
 from comp.models.llava import LlavaAdapter
 from comp.models.presets import MODEL_PRESETS, preset_directory
 from comp.models.siglip import SiglipAdapter
 from comp.modes import Stream
+
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt", "tokenizer.model")
+_KEPT = ("size", "do_center_crop", "crop_size", "image_mean", "image_std")
 
 ADAPTERS: tuple[Adapter, ...] = (BlipAdapter(), ClipAdapter(), SiglipAdapter(), LlavaAdapter())
 
@@ -74,40 +80,71 @@ def attach(
 
 
 def load_model(source: str | Path) -> LoadedModel:
-    """Loads a model with its tokenizer.
+    """Loads a model with its tokenizer and the way its images are made.
 
     Args:
-        source: A preset name or a directory written by ``save_pretrained``, dense or pruned.
+        source: A preset name, a directory written by ``save_pretrained``, dense or pruned, or a
+            repository of the Hugging Face hub, which is looked up on this disk first.
 
     Raises:
-        ValueError: If the source is neither.
+        ValueError: If the source is none of these.
         UnsupportedModelError: If the directory holds a model of another class, or a tokenizer that
             is a program of its own: no code out of a model's directory is ever run.
     """
-    directory = preset_directory(str(source)) if str(source) in MODEL_PRESETS else Path(source)
-    if not (directory / "config.json").is_file():
-        raise ValueError(
-            f"{str(source)!r} is neither a model preset ({', '.join(MODEL_PRESETS)}) nor a "
-            f"directory with a config.json{nearest(str(source), list(MODEL_PRESETS))}"
-        )
+    directory = find_directory(str(source))
     from comp.checkpoint import load_pruned
 
-    config = json.loads((directory / "config.json").read_text())
-    model = load_pruned(directory)
+    model: Any = load_pruned(directory)
     card = _read_json(directory / "card.json")
-    has_tokenizer = (directory / "tokenizer_config.json").is_file()
+    adapter = adapter_of(model)
+    tokenizer = None
+    if any((directory / name).is_file() for name in TOKENIZER_FILES):
+        tokenizer = _load_tokenizer(directory, model)
+    name = str(source)
     return LoadedModel(
         model=model,
-        tokenizer=_load_tokenizer(directory) if has_tokenizer else None,
-        name=str(source) if str(source) in MODEL_PRESETS else directory.name,
-        family=adapter_of(model).name,
-        task=str(card.get("task", "")),
-        image_size=int(config.get("vision_config", {}).get("image_size", 0)),
+        tokenizer=tokenizer,
+        name=directory.name if Path(source).is_dir() else name,
+        family=adapter.name,
+        task=str(card.get("task") or adapter.tasks.get(type(model).__name__, "")),
+        transform=_load_transform(directory, model),
         card=card,
     )
 
 
-def _load_tokenizer(directory: Path) -> Any:
+def find_directory(source: str) -> Path:
+    """Returns the directory of a preset, of a path, or of a repository of the hub.
+
+    Raises:
+        ValueError: If the source is none of these, or a directory without a model.
+    """
+    if source in MODEL_PRESETS:
+        return preset_directory(source)
+    if (Path(source) / "config.json").is_file():
+        return Path(source)
+    if is_repository(source):
+        return find_repository(source)
+    raise ValueError(
+        f"{source!r} is neither a model preset ({', '.join(MODEL_PRESETS)}) nor a directory with "
+        f"a config.json nor a repository of the hub{nearest(source, list(MODEL_PRESETS))}"
+    )
+
+
+def _load_transform(directory: Path, model: Any) -> ImageTransform:
+    """Reads how images are made, and notes it in the config, which goes with a pruned model."""
+    config = model.config
+    size = int(getattr(getattr(config, "vision_config", config), "image_size", 0) or 0)
+    processor = getattr(config, "image_processor", None)
+    if processor is None:
+        processor = _read_json(directory / "preprocessor_config.json")
+        whole = _read_json(directory / "processor_config.json")
+        processor = processor or whole.get("image_processor", {})
+        if processor:
+            config.image_processor = {key: processor[key] for key in _KEPT if key in processor}
+    return transform_of(processor, size)
+
+
+def _load_tokenizer(directory: Path, model: Any) -> Any:
     """Loads a tokenizer of a known class; one that brings its own code is refused."""
     from transformers import AutoTokenizer
 
@@ -117,7 +154,14 @@ def _load_tokenizer(directory: Path) -> Any:
             "tokenizer_config.json), which this program does not do; save it as a tokenizer of "
             "transformers"
         )
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"the tokenizer in {directory} cannot be loaded ({reason})") from error
+    return with_blip_tokens(tokenizer, model) if adapter_of(model).name == "blip" else tokenizer
 
 
 def _read_json(path: Path) -> dict[str, Any]:

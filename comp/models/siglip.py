@@ -27,6 +27,9 @@ class SiglipAdapter:
     classes: dict[str, type[nn.Module]] = {  # noqa: RUF012 (a Protocol attribute)
         "SiglipModel": SiglipModel,
     }
+    tasks: dict[str, str] = {  # noqa: RUF012
+        "SiglipModel": "retrieval",
+    }
 
     def structure(self, model: Any) -> Structure:
         """Returns the blocks of a SigLIP model."""

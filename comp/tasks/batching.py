@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from comp.data.images import decode_image, resize_pixels
+from comp.data.images import ImageTransform, decode_image
 from comp.data.layout import EncodedImage, Row, Rows, epoch_order
 from comp.tasks.base import Batch
 
@@ -84,30 +84,39 @@ class Images:
 
     Args:
         pixels: All images, 0..255, ``(U, 3, H, W)``, uint8, or ``None`` if images are encoded.
-        size: Height and width that encoded images are resized to.
+        transform: How encoded images become the model's, and how the model normalises all.
         root: Folder that paths of encoded images start from.
     """
 
     def __init__(
-        self, pixels: Tensor | None = None, *, size: int = 0, root: Path | None = None
+        self,
+        pixels: Tensor | None = None,
+        *,
+        transform: ImageTransform | None = None,
+        root: Path | None = None,
     ) -> None:
         self._pixels = pixels
-        self._size = size
+        self._transform = transform
         self._root = root
 
     def __call__(self, images: Sequence[Any]) -> Tensor:
-        """Returns images by index or as decoded, 0..255, ``(B, 3, H, W)``, uint8.
+        """Returns images by index or as decoded, ``(B, 3, H, W)``, for ``normalize``.
+
+        They are 0..255, uint8, unless the model normalises in its own way.
 
         Raises:
             ValueError: If a file cannot be decoded.
             OSError: If a file is gone.
         """
         if self._pixels is not None:
-            return self._pixels[list(images)]
-        return torch.stack([self._decode(image) for image in images])
+            pixels = self._pixels[list(images)]
+        else:
+            pixels = torch.stack([self._decode(image) for image in images])
+        return pixels if self._transform is None else self._transform.restated(pixels)
 
     def _decode(self, image: EncodedImage) -> Tensor:
-        return resize_pixels(decode_image(image.read(self._root)), self._size)
+        assert self._transform is not None, "encoded images need a transform"
+        return self._transform(decode_image(image.read(self._root)))
 
 
 def shuffled_batches(

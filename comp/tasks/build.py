@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from comp.config import nearest
+from comp.data.images import ImageTransform
 from comp.data.layout import DataSet
 from comp.data.openmoji import OpenMoji, load_openmoji
 from comp.tasks.base import Task
@@ -38,6 +40,7 @@ def build_task(
     *,
     tokenizer: TextTokenizer,
     image_size: int,
+    transform: ImageTransform | None = None,
     data: Path | None = None,
     augment: bool = True,
     num_train: int | None = None,
@@ -51,6 +54,7 @@ def build_task(
         name: One of ``TASKS``.
         tokenizer: The model's tokenizer.
         image_size: Height and width of the images in pixels.
+        transform: How the model's images are made; squares with CLIP's mean by default.
         data: A data set in the Parquet layout, a file or a directory; ``None`` means the
             embedded OpenMoji, which is made at the first use.
         augment: Whether training images vary a little from epoch to epoch.
@@ -66,13 +70,19 @@ def build_task(
             f"task must be one of {', '.join(TASKS)}, but got {name!r}"
             + nearest(name, list(TASKS))
         )
+    if tokenizer is None:
+        raise ValueError(
+            f"task {name!r} needs the model's tokenizer, but the model has none; save it in the "
+            "model's directory"
+        )
+    transform = transform or ImageTransform(image_size)
     if data is not None:
         stored = DataSet(data)
         if stored.kind != "drawings":
-            return _stored(
-                name, stored, tokenizer, image_size=image_size, augment=augment, limit=num_train
-            )
+            images = Images(transform=transform, root=stored.image_root)
+            return _stored(name, stored, tokenizer, images, augment=augment, limit=num_train)
     openmoji = load_openmoji(image_size, path=data)
+    openmoji = replace(openmoji, pixels=transform.restated(openmoji.pixels))
     numbers = {**_NUM_SAMPLES[name]}
     if num_train is not None:
         numbers["train"] = num_train
@@ -91,8 +101,8 @@ def _stored(
     name: str,
     stored: DataSet,
     tokenizer: TextTokenizer,
+    images: Images,
     *,
-    image_size: int,
     augment: bool,
     limit: int | None,
 ) -> Task:
@@ -102,7 +112,6 @@ def _stored(
         raise ValueError(f"num_train is for the embedded data set, but got {limit} with data")
     if "train" not in stored.splits:
         raise ValueError(f"{stored.path} has no split train; import its training files too")
-    images = Images(size=image_size, root=stored.image_root)
 
     def streams(convert: Callable[..., Any]) -> dict[str, Streamed[Any]]:
         return {split: Streamed(rows, convert) for split, rows in stored.splits.items()}

@@ -1,8 +1,7 @@
 """Visual instructions: conversations about an image, answers written by a LLaVA.
 
-A conversation is one sequence, the same for every turn: start token, image, question, ``[SEP]``,
-answer, ``[SEP]``, next question, and so on. The ``[SEP]`` behind a question is the instruction's
-last token.
+A conversation is one sequence, the same for every turn; ``comp.tasks.dialogue`` says how it is
+spelled.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from comp.tasks.batching import (
     sample_splits,
     shuffled_batches,
 )
+from comp.tasks.dialogue import dialogue_of
 from comp.tasks.questions import Question
 from comp.tasks.text import TextTokenizer, pad, pad_mask
 
@@ -34,11 +34,11 @@ class Conversation:
     """Questions about one image with their answers.
 
     Attributes:
-        image: Index of the image.
+        image: Index of the image, or ``None``.
         turns: Question and answer of every turn.
     """
 
-    image: int
+    image: int | None
     turns: tuple[tuple[str, str], ...]
 
 
@@ -91,7 +91,7 @@ class InstructTask:
     """Conversations about one image each or none; the answer to the last question is judged.
 
     The model is called like the stock ``LlavaForConditionalGeneration``; the task puts the
-    image's tokens behind the start token, as many as the model's config says. Training learns
+    image's tokens where the dialogue has them, as many as the model's config says. Training learns
     the answers of all turns. An answer counts as right when greedy decoding writes it word for
     word, behind a history of true answers.
 
@@ -119,10 +119,9 @@ class InstructTask:
         self._pixels = pixels if isinstance(pixels, Images) else Images(pixels)
         self._augment = augment
         self._flip = flip
-        self._tokenizer = tokenizer
         self._pad_id = int(tokenizer.pad_token_id or 0)
-        if tokenizer.bos_token_id is None:
-            raise ValueError("the tokenizer has no bos_token; a conversation begins with it")
+        self._dialogue = dialogue_of(tokenizer)
+        self._image_place = self._dialogue.image_place
 
     def train_batches(self, *, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
         """Yields shuffled training batches without end; see ``Task``."""
@@ -153,13 +152,14 @@ class InstructTask:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns the mean cross-entropy of all answers' tokens."""
         shown = batch["has_image"]
-        ids, mask = _with_image(model, batch["input_ids"], batch["attention_mask"], shown)
+        place = self._image_place
+        ids, mask = _with_image(model, batch["input_ids"], batch["attention_mask"], shown, place)
         unlabelled = ids.shape[1] - batch["labels"].shape[1]
         loss: Tensor = model(
             input_ids=ids,
             attention_mask=mask,
             pixel_values=_given(batch["pixel_values"]),
-            labels=_behind_first(batch["labels"], unlabelled, _IGNORED, shown, _IGNORED),
+            labels=_inserted(batch["labels"], place, unlabelled, _IGNORED, shown, _IGNORED),
             use_cache=False,
         ).loss
         return loss
@@ -174,7 +174,11 @@ class InstructTask:
         from comp.blocks import unmetered
 
         ids, mask = _with_image(
-            model, batch["prompt_ids"], batch["prompt_mask"], batch["has_image"]
+            model,
+            batch["prompt_ids"],
+            batch["prompt_mask"],
+            batch["has_image"],
+            self._image_place,
         )
         ids, mask = _padded_in_front(ids, mask)
         prompt = model(
@@ -222,39 +226,46 @@ class InstructTask:
 
     def _spell(self, conversation: AnyConversation) -> tuple[list[int], list[int], list[int]]:
         """Ids of the prompt, its labels, and ids of the last answer."""
-        prompt, labels = [int(self._tokenizer.bos_token_id)], [_IGNORED]
+        prompt: list[int] = []
+        labels: list[int] = []
         *history, (last, answer) = conversation.turns
+        spell, has_image = self._dialogue, conversation.image is not None
         for question, said in history:
-            asked, told = self._words(question), self._words(said)
+            asked = spell.question(question, is_first=not prompt, has_image=has_image)
+            told = spell.answer(said)
             prompt += [*asked, *told]
             labels += [*([_IGNORED] * len(asked)), *told]
-        asked = self._words(last)
-        return [*prompt, *asked], [*labels, *([_IGNORED] * len(asked))], self._words(answer)
-
-    def _words(self, text: str) -> list[int]:
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [*ids, int(self._tokenizer.sep_token_id)]
+        asked = spell.question(last, is_first=not prompt, has_image=has_image)
+        return (
+            [*prompt, *asked],
+            [*labels, *([_IGNORED] * len(asked))],
+            spell.answer(answer),
+        )
 
 
 def _given(pixels: Tensor) -> Tensor | None:
     return pixels if len(pixels) else None
 
 
-def _with_image(model: Any, ids: Tensor, mask: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
-    """Puts the image's tokens behind the first token of ids and mask, ``(B, N)`` each.
+def _with_image(
+    model: Any, ids: Tensor, mask: Tensor, shown: Tensor, place: int
+) -> tuple[Tensor, Tensor]:
+    """Puts the image's tokens behind the first ``place`` tokens of ids and mask, ``(B, N)`` each.
 
     Rows without an image, ``shown`` being false, are padded behind instead.
     """
     count, token, padding = model.config.image_seq_length, model.config.image_token_id, 0
     if not bool(shown.any()):
         return ids, mask
-    ids = _behind_first(ids, count, token, shown, padding)
-    return ids, _behind_first(mask, count, 1, shown, 0)
+    ids = _inserted(ids, place, count, token, shown, padding)
+    return ids, _inserted(mask, place, count, 1, shown, 0)
 
 
-def _behind_first(rows: Tensor, count: int, value: int, shown: Tensor, padding: int) -> Tensor:
+def _inserted(
+    rows: Tensor, place: int, count: int, value: int, shown: Tensor, padding: int
+) -> Tensor:
     block = rows.new_full((rows.shape[0], count), value)
-    inserted = torch.cat([rows[:, :1], block, rows[:, 1:]], dim=1)
+    inserted = torch.cat([rows[:, :place], block, rows[:, place:]], dim=1)
     padded = torch.cat([rows, torch.full_like(block, padding)], dim=1)
     return torch.where(shown[:, None], inserted, padded)
 

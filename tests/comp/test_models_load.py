@@ -66,7 +66,7 @@ def test_a_saved_model_is_loaded_with_what_belongs_to_it(tmp_path: Path) -> None
 
 def test_a_directory_may_be_given_as_text(tmp_path: Path) -> None:
     save_pruned(FAMILIES["blip-caption"].build(0), tmp_path)
-    assert load_model(str(tmp_path)).task == ""
+    assert load_model(str(tmp_path)).name == tmp_path.name
 
 
 def test_a_pruned_directory_gives_a_pruned_model(tmp_path: Path) -> None:
