@@ -114,6 +114,18 @@ def demo(
     metavar="NAME",
     help="Of a tracking server, read this experiment only (a study is one).",
 )
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write an interactive report: one file that needs no network.",
+)
+@click.option(
+    "--images",
+    default=4,
+    show_default=True,
+    type=click.IntRange(0, 20),
+    help="Validation images in the report, with the patches that the best model keeps.",
+)
 @root_option
 @common
 def compare(
@@ -126,6 +138,8 @@ def compare(
     by: str,
     baseline: str,
     experiments: tuple[str, ...],
+    html: Path | None,
+    images: int,
     root: str | None,
     as_json: bool,
 ) -> None:
@@ -138,7 +152,9 @@ def compare(
     from studies.sources import find_sources
 
     with mistakes():
-        sources = find_sources(names, root or DEFAULT_ROOT, experiments=experiments)
+        sources = find_sources(
+            names, root or DEFAULT_ROOT, experiments=experiments, with_stages=html is not None
+        )
         comparison = compare_sources(
             sources,
             ratios,
@@ -146,6 +162,11 @@ def compare(
             by="method" if by == "method" else "settings",
             baseline=baseline,
         )
-        written = [str(path) for path in comparison.write(csv=csv, parquet=parquet, plot=plot)]
+        written = comparison.write(csv=csv, parquet=parquet, plot=plot)
+        if html is not None:
+            from studies.page import write_page
+
+            written.append(write_page(comparison, html, num_images=images))
     lines = [comparison.to_text(), *(f"wrote {path}" for path in written)]
-    answer(as_json, {**comparison.to_dict(), "files": written}, "\n".join(lines))
+    files = [str(path) for path in written]
+    answer(as_json, {**comparison.to_dict(), "files": files}, "\n".join(lines))

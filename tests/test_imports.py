@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "mlflow": ("orchestration/tracking*.py",),
     "openmoji": ("comp/data/*",),
     "optuna": (
+        "studies/importances.py",
         "studies/journal.py",
         "studies/samplers.py",
         "studies/space.py",

@@ -4,6 +4,15 @@ from pathlib import Path
 
 TASKS = ("vqa", "nlvr2", "retrieval", "captioning", "instruct")
 
+METRIC_NAMES = {
+    "vqa": "accuracy",
+    "nlvr2": "accuracy",
+    "retrieval": "mean R@1",
+    "captioning": "CIDEr",
+    "instruct": "exact match",
+}
+"""What the tasks call their metric (``Task.metric_name``), for axes."""
+
 KIND_OF_ROWS = {
     "vqa": "questions",
     "nlvr2": "statements",

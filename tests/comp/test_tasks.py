@@ -5,13 +5,14 @@ import pytest
 
 from comp.data.layout import Row, write_rows
 from comp.tasks import TASKS, build_task
+from comp.tasks.names import METRIC_NAMES
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_is_built_from_a_file(name: str, tokenizer: Any, openmoji_file: Path) -> None:
     task = build_task(name, tokenizer=tokenizer, image_size=32, data=openmoji_file, num_train=400)
     batch = next(task.batches("val", batch_size=3))
-    assert task.name == name
+    assert (task.name, task.metric_name) == (name, METRIC_NAMES[name])
     assert batch["pixel_values"].shape[-3:] == (3, 32, 32)
 
 
