@@ -16,7 +16,7 @@ from torch import nn
 
 from comp.config import Method
 from comp.errors import CheckpointMismatch, UnsupportedModelError
-from comp.handle import PruningHandle, handle_of
+from comp.handle import TEMPERATURE, PruningHandle, handle_of
 from comp.modes import Stream
 from comp.shrink import apply_plan_
 
@@ -151,6 +151,8 @@ def _fitting_counts(
 
 def _load_strictly(model: nn.Module, path: Path) -> None:
     state = {name: _float32(tensor) for name, tensor in load_file(path).items()}
+    if TEMPERATURE in state and not hasattr(model, TEMPERATURE):
+        model.register_parameter(TEMPERATURE, nn.Parameter(torch.empty(())))
     own = model.state_dict(keep_vars=True)
     first_alias: dict[int, str] = {}
     for name, tensor in own.items():

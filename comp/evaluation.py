@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from comp.cost import Measurement
 from comp.handle import PruningHandle, handle_of
 from comp.importance import ActivationStatistics
-from comp.tasks.base import Batch, Evaluation, SplitTask, Task
+from comp.tasks.base import Batch, Evaluation, ReportingTask, SplitTask, Task
 
 
 def resolve_device(name: str) -> torch.device:
@@ -70,6 +70,7 @@ def evaluate(
     num_samples: int | None = None,
     device: torch.device | None = None,
     mixed: bool = False,
+    final: bool = False,
 ) -> tuple[Evaluation, Measurement]:
     """Evaluates an attached model and measures the same passes.
 
@@ -81,6 +82,8 @@ def evaluate(
         num_samples: The first so many samples, or all.
         device: Where batches go; the CPU if ``None``.
         mixed: Run in bfloat16 autocast.
+        final: Measure what papers report, too, where that is more than the stage loop needs; its
+            passes are not part of the cost.
 
     Returns:
         The metric in points of 100 with the mean loss, and the cost.
@@ -104,7 +107,13 @@ def evaluate(
         meter.num_samples = values.shape[0]
         measured = meter.measurement(handle.groups.values(), handle.alive())
     metric, loss = float(values.double().mean()), float(losses.double().mean())
-    return Evaluation(100 * metric, loss, values.shape[0]), measured
+    details: dict[str, float] = {}
+    if final and isinstance(task, ReportingTask):
+        again = task.batches(split, batch_size=batch_size, num_samples=num_samples)
+        on_device = (to_device(batch, device) for batch in again)
+        with evaluating(model), autocast(device, enabled=mixed):
+            metric, details = task.report(model, on_device, *rows)
+    return Evaluation(100 * metric, loss, values.shape[0], details), measured
 
 
 def measure_cost(

@@ -57,6 +57,9 @@ def train_step(
         loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     optimizer.step()
+    slow = handle_of(model).momentum
+    if slow is not None:
+        slow.follow(model)
     return total
 
 

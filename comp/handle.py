@@ -7,7 +7,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -19,8 +19,13 @@ from comp.modes import PARAMETER_MODES, PruningMode, Stream
 from comp.sites import AttentionSite, Block, UnitGroup
 from comp.trace import TokenTrace
 
+if TYPE_CHECKING:
+    from comp.momentum import Momentum
+
 ALIGNMENT = "alignment"
 """Attribute of a model that holds its alignment tokens (``comp.madtp``)."""
+TEMPERATURE = "temperature"
+"""Attribute of a model that holds the learned temperature which its stock class lacks."""
 
 
 @dataclass
@@ -91,6 +96,7 @@ class PruningHandle:
         stock_when_idle: Run the stock forward, bit for bit, while nothing is pruned. Training
             turns this off, so that padding is masked from the first step on.
         recompute: Keep only each block's input for the backward pass (gradient checkpointing).
+        momentum: The slow copy that a contrastive task trains against, see ``comp.momentum``.
         originals: The swapped forwards, for ``restore_forwards``.
     """
 
@@ -112,6 +118,7 @@ class PruningHandle:
     trace: TokenTrace | None = None
     stock_when_idle: bool = True
     recompute: bool = False
+    momentum: "Momentum | None" = None
     originals: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:

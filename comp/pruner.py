@@ -12,9 +12,9 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -22,75 +22,21 @@ from torch import nn
 from comp.config import PruningConfig
 from comp.cost import Measurement
 from comp.errors import BudgetUnreachable, NanLoss
-from comp.evaluation import (
-    collect_statistics,
-    evaluate,
-    measure_cost,
-    resolve_device,
-    to_device,
-)
+from comp.evaluation import evaluate, resolve_device, to_device
 from comp.finetune import fine_tune_, make_optimizer, train_step
 from comp.handle import PruningHandle, handle_of
-from comp.masks import (
-    RankedUnit,
-    UnitChoice,
-    choose_units,
-    fade_,
-    mask_value,
-    obtainable_macs,
-    rank_scores,
-    rank_units,
-)
+from comp.masks import UnitChoice, fade_, mask_value
 from comp.measure import compare_latency
 from comp.models import attach
 from comp.modes import PruningMode, Stream
+from comp.raising import Raise, Raising
 from comp.results import CurvePoint, PruningResult, Snapshot, StageRecord
+from comp.schedules import make_strategy
 from comp.shrink import migrate_optimizer_, num_parameters, shrink_
-from comp.sites import UnitGroup
-from comp.strategy import FixedStrategy, LookaheadStrategy, MultiModeStrategy, Strategy
-from comp.tasks.base import Task
-from comp.upop import gradient_scores
+from comp.strategy import FixedStrategy, LookaheadStrategy
+from comp.tasks.base import Evaluation, PreparingTask, ReportingTask, Task
 
 _Body = TypeVar("_Body", StageRecord, CurvePoint)
-
-MAX_PROBES = 12
-MAX_THRESHOLD = 64.0
-
-
-def make_strategy(config: PruningConfig, modes: list[PruningMode]) -> Strategy:
-    """Builds the schedule a config asks for over the modes a model has.
-
-    Args:
-        config: Names the schedule and its parameters.
-        modes: The model's modes, already restricted to what the method prunes.
-    """
-    schedule = config.switches.schedule
-    names = [mode.value for mode in modes]
-    if schedule in ("mps", "cas", "cas_re"):
-        return MultiModeStrategy(
-            names,
-            exploration=0.0 if schedule == "cas" else config.exploration,
-            temperature=config.temperature if schedule == "mps" else math.inf,
-            history=config.history if schedule == "mps" else 0.0,
-            horizon=config.horizon,
-            seed=config.seed,
-        )
-    if schedule == "lookahead":
-        return LookaheadStrategy(names)
-    tokens = [mode.value for mode in modes if mode.is_tokens]
-    parameters = [mode.value for mode in modes if not mode.is_tokens]
-    groups = [parameters, tokens] if schedule == "params_first" else [tokens, parameters]
-    return FixedStrategy(groups, sequential=schedule != "joint")
-
-
-@dataclass(frozen=True)
-class _Raise:
-    """What a stage does to the thresholds before it trains."""
-
-    choice: UnitChoice
-    thresholds: dict[Stream, float]
-    threshold: float
-    macs: float
 
 
 class Pruner:
@@ -144,6 +90,8 @@ class Pruner:
         self.handle.static_tokens = None  # thresholds decide again, so that stages can raise them
         self.modes = self._allowed_modes()
         self.strategy = make_strategy(config, self.modes)
+        if isinstance(task, PreparingTask):
+            task.prepare_(model)
         self.optimizer = make_optimizer(model, config)
         self.records: list[StageRecord | CurvePoint] = []
         self.finished_model: nn.Module | None = None
@@ -246,7 +194,7 @@ class Pruner:
 
     def _begin(self) -> CurvePoint:
         point = self._measure_dense()
-        self._check_reachable()
+        self._raising().check_reachable(self.modes, self.config.ratios[-1])
         return point
 
     def _measure_dense(self) -> CurvePoint:
@@ -256,7 +204,8 @@ class Pruner:
         self._resource = self._dense_resource = self._measure_resource()
         if self._given_dense is not None:
             return replace(self._given_dense, seed=self.config.seed)
-        test, _ = self._evaluate(self.model, "test")
+        val = self._evaluate(self.model, "val", final=True)[0] if self._reports else verdict
+        test, _ = self._evaluate(self.model, "test", final=True)
         latency = self._latency(self._dense_model)[1]
         return CurvePoint(
             model=self.model_name,
@@ -267,7 +216,7 @@ class Pruner:
             ratio_reached=0.0,
             gmacs=self._macs / 1e9,
             params=sum(parameter.numel() for parameter in self._dense_model.parameters()),
-            val=verdict.metric,
+            val=val.metric,
             test=test.metric,
             val_before_tuning=verdict.metric,
             latency_ms=latency,
@@ -275,32 +224,8 @@ class Pruner:
             fine_tuned=0,
             test_ratio=0.0,
             layers=self.handle.left_in_layers(self._cost),
+            details=test.details,
         )
-
-    def _check_reachable(self) -> None:
-        """Refuses a ratio that the minima forbid before any training is done."""
-        thresholds = dict(self.handle.thresholds)
-        for mode in self.modes:
-            if mode.is_tokens:
-                thresholds[mode.stream] = math.inf
-        with self.handle.with_thresholds(thresholds):
-            cost = measure_cost(self.model, self.task, self._probe_batches())
-        removable = obtainable_macs(
-            self._groups(self.modes),
-            cost.alive,
-            cost.unit_macs,
-            min_heads=self.config.min_heads,
-            min_channels=self.config.min_channels,
-        )
-        highest = 1.0 - (cost.macs - removable) / self._dense_macs
-        if highest < self.config.ratios[-1]:
-            floors = "min_heads, min_channels, min_vision_tokens and min_text_tokens"
-            raise BudgetUnreachable(
-                f"ratio {self.config.ratios[-1]} cannot be reached: with {floors} as set, "
-                f"{', '.join(self.modes)} reach at most {highest:.4f}; lower the ratio or the "
-                "minima",
-                highest,
-            )
 
     # --- one stage -------------------------------------------------------------------------
 
@@ -320,12 +245,13 @@ class Pruner:
             migrate_optimizer_(self.optimizer, shrink_(self.handle))
         return self._measure_stage(ratio, modes, raised, train_loss, begin)
 
-    def _choose_and_raise(self, ratio: float) -> tuple[str, _Raise]:
+    def _choose_and_raise(self, ratio: float) -> tuple[str, Raise]:
         """Opens a stage; only if no mode can take a step that fits, one that overshoots may."""
         gap = self._macs - self._target_macs(ratio)
         if isinstance(self.strategy, LookaheadStrategy):
             costs = {mode: self.lookahead(PruningMode(mode), gap) for mode in self.strategy.live}
             self.strategy.offer({m: cost for m, cost in costs.items() if cost is not None})
+        raising = self._raising()
         for coarse in (False, True):
             refused: set[str] = set()
             while True:
@@ -333,13 +259,13 @@ class Pruner:
                     name = self.strategy.choose(refused)
                 except RuntimeError:
                     break
-                modes = self._split(name)
-                raised = self._raise(modes, gap, coarse=coarse)
+                modes = [PruningMode(part) for part in name.split("+")]
+                raised = raising.pick(modes, gap, coarse=coarse)
                 if raised is not None:
                     return name, raised
                 self.strategy.withdraw()
                 for mode in modes:
-                    if self._obtainable(mode) < self.config.min_quantum * self._dense_macs:
+                    if raising.is_exhausted(mode):
                         self.strategy.exhaust(mode.value)
                     else:
                         refused.add(mode.value)
@@ -349,143 +275,9 @@ class Pruner:
             self.ratio,
         )
 
-    @staticmethod
-    def _split(name: str) -> list[PruningMode]:
-        return [PruningMode(part) for part in name.split("+")]
-
-    def _raise(self, modes: list[PruningMode], gap: float, *, coarse: bool) -> _Raise | None:
-        """Picks units and moves thresholds so that a stage's quantum of FLOPs goes.
-
-        Args:
-            modes: The stage's modes; parameters share one ranking, tokens one threshold.
-            gap: Multiply-adds left to the target.
-            coarse: Accept a step that overshoots the target by more than the tolerance.
-
-        Returns:
-            What to do, or ``None`` if the modes cannot give what the stage needs.
-        """
+    def _raising(self) -> Raising:
         assert self._cost is not None
-        smallest = self.config.min_quantum * self._dense_macs
-        own = sum(self._cost.mode_macs(self.handle.groups.values(), mode) for mode in modes)
-        quantum = min(
-            self.config.quantum * self._dense_macs,
-            gap,
-            max(self.config.quantum_cap * own, 1.5 * smallest),
-        )
-        tokens = [mode for mode in modes if mode.is_tokens]
-        parameters = [mode for mode in modes if not mode.is_tokens]
-        share = quantum / 2 if tokens and parameters else quantum
-        choice, macs = UnitChoice({}, 0.0, 0.0), 0.0
-        thresholds: dict[Stream, float] = {}
-        if parameters:
-            choice = self._pick_units(parameters, share)
-            macs += choice.macs
-        if tokens:
-            thresholds, drop = self._pick_thresholds(tokens, share, coarse=coarse)
-            macs += drop
-        last = quantum >= gap
-        if macs <= 0 or (macs < smallest and not last):
-            return None
-        if not coarse and last and macs > gap + 2 * self._slack:
-            return None
-        threshold = max(thresholds.values()) if thresholds else choice.threshold
-        return _Raise(choice, thresholds, threshold, macs)
-
-    def _groups(self, modes: list[PruningMode]) -> list[UnitGroup]:
-        return [group for group in self.handle.groups.values() if group.mode in modes]
-
-    def _obtainable(self, mode: PruningMode) -> float:
-        """Multiply-adds that a mode could still remove at its minima."""
-        assert self._cost is not None
-        if not mode.is_tokens:
-            return obtainable_macs(
-                self._groups([mode]),
-                self._cost.alive,
-                self._cost.unit_macs,
-                min_heads=self.config.min_heads,
-                min_channels=self.config.min_channels,
-            )
-        now = self._probe({})
-        return now - self._probe({mode.stream: math.inf})
-
-    def _pick_units(self, modes: list[PruningMode], quantum: float) -> UnitChoice:
-        groups = self._groups(modes)
-        ranking, cost = self._rank(groups)
-        return choose_units(
-            ranking,
-            self.handle.groups,
-            self.handle.alive(),
-            cost.unit_macs,
-            quantum,
-            min_heads=self.config.min_heads,
-            min_channels=self.config.min_channels,
-        )
-
-    def _rank(self, groups: list[UnitGroup]) -> tuple[list[RankedUnit], Measurement]:
-        """Ranks units by the method's score and measures what they cost on the same samples."""
-        count, mixed = self.config.calibration_samples, self.config.autocast
-        if self.config.switches.parameter_score == "gradient":
-            scores = gradient_scores(self.handle, self.task, self._train_samples(count))
-            cost = measure_cost(self.model, self.task, self._train_samples(count), mixed=mixed)
-            return rank_scores(groups, scores, self.handle.masks), cost
-        statistics, cost = collect_statistics(
-            self.handle, self.task, self._train_samples(count), mixed=mixed
-        )
-        return rank_units(groups, statistics, self.handle.masks), cost
-
-    def _pick_thresholds(
-        self, modes: list[PruningMode], quantum: float, *, coarse: bool
-    ) -> tuple[dict[Stream, float], float]:
-        """Searches one threshold increment for the modes' streams by bisection.
-
-        Args:
-            modes: The token modes.
-            quantum: Multiply-adds to remove.
-            coarse: Prefer a step that overshoots by far to one that drops nothing.
-
-        Returns:
-            The new thresholds and the measured drop in mean multiply-adds, nearest to
-            [quantum, 1.1 quantum] among the probes; thresholds never fall.
-        """
-        old = {mode.stream: self.handle.thresholds.get(mode.stream, 0.0) for mode in modes}
-        start = self._probe({})
-        low, high, width = 0.0, math.inf, 0.1
-        best: tuple[float, float, float] | None = None
-        for _ in range(MAX_PROBES):
-            step = (low + high) / 2 if math.isfinite(high) else width
-            drop = start - self._probe({stream: theta + step for stream, theta in old.items()})
-            miss = max(quantum - drop, drop - 1.1 * quantum, 0.0)
-            if coarse and drop <= 0:
-                miss = math.inf
-            if best is None or miss < best[0]:
-                best = (miss, step, drop)
-            if miss == 0:
-                break
-            if drop < quantum:
-                low, width = step, 2 * step
-                if not math.isfinite(high) and width > MAX_THRESHOLD:
-                    break
-            else:
-                high = step
-        assert best is not None
-        return {stream: theta + best[1] for stream, theta in old.items()}, best[2]
-
-    def _probe(self, thresholds: dict[Stream, float]) -> float:
-        """Mean multiply-adds on the probe samples under other thresholds."""
-        with self.handle.with_thresholds({**self.handle.thresholds, **thresholds}):
-            return measure_cost(
-                self.model, self.task, self._probe_batches(), mixed=self.config.autocast
-            ).macs
-
-    def _probe_batches(self) -> Iterator[dict[str, Any]]:
-        return self._train_samples(self.config.probe_samples)
-
-    def _train_samples(self, count: int) -> Iterator[dict[str, Any]]:
-        """The same first samples of the training split every time, without augmentation."""
-        for batch in self.task.batches(
-            "train", batch_size=self.config.eval_batch_size, num_samples=count
-        ):
-            yield to_device(batch, self.device)
+        return Raising(self.handle, self.task, self.config, self._cost, self._dense_macs)
 
     def lookahead(self, mode: PruningMode, gap: float) -> float | None:
         """Tries one mode on a copy of the current state and returns its cost r.
@@ -502,7 +294,7 @@ class Pruner:
             to give.
         """
         trial = self.fork()
-        raised = trial._raise([mode], gap, coarse=True)
+        raised = trial._raising().pick([mode], gap, coarse=True)
         if raised is None:
             return None
         trial.handle.thresholds.update(raised.thresholds)
@@ -547,7 +339,7 @@ class Pruner:
         return [self.device.index or 0] if self.device.type == "cuda" else []
 
     def _measure_stage(
-        self, ratio: float, modes: str, raised: _Raise, train_loss: float, begin: float
+        self, ratio: float, modes: str, raised: Raise, train_loss: float, begin: float
     ) -> StageRecord:
         verdict, self._cost = self._evaluate(self.model, "val")
         value = self._value_of(verdict.metric, verdict.loss)
@@ -608,7 +400,14 @@ class Pruner:
     def _value_of(self, metric: float, loss: float) -> float:
         return metric if self.config.val_metric == "metric" else -loss
 
-    def _evaluate(self, model: nn.Module, split: str) -> tuple[Any, Measurement]:
+    @property
+    def _reports(self) -> bool:
+        """Whether the points' metric is another than the one that stages go by."""
+        return isinstance(self.task, ReportingTask)
+
+    def _evaluate(
+        self, model: nn.Module, split: str, *, final: bool = False
+    ) -> tuple[Evaluation, Measurement]:
         return evaluate(
             model,
             self.task,
@@ -619,6 +418,7 @@ class Pruner:
             ),
             device=self.device,
             mixed=self.config.autocast,
+            final=final,
         )
 
     # --- one point -------------------------------------------------------------------------
@@ -651,7 +451,11 @@ class Pruner:
                     batch_size=self.config.part_size, seed=self.config.seed + 1
                 ),
             )
-        test, test_cost = self._evaluate(model, "test")
+        handle.momentum = None
+        verdict = tuned.validation
+        if self._reports:
+            verdict, _ = self._evaluate(model, "val", final=True)
+        test, test_cost = self._evaluate(model, "test", final=True)
         dense_ms, pruned_ms = self._latency(model)
         self.finished_model = model
         point = CurvePoint(
@@ -663,7 +467,7 @@ class Pruner:
             ratio_reached=1.0 - tuned.cost.macs / self._dense_macs,
             gmacs=tuned.cost.macs / 1e9,
             params=num_parameters(model, handle),
-            val=tuned.validation.metric,
+            val=verdict.metric,
             test=test.metric,
             val_before_tuning=before,
             latency_ms=pruned_ms,
@@ -671,6 +475,7 @@ class Pruner:
             fine_tuned=self.config.fine_tune_steps,
             test_ratio=1.0 - test_cost.macs / self._dense_macs,
             layers=handle.left_in_layers(tuned.cost),
+            details=test.details,
         )
         return self._note(point)
 

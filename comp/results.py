@@ -81,6 +81,7 @@ class CurvePoint:
         test_ratio: The FLOPs ratio measured on the test split.
         layers: What is left in every layer: heads, channels, cross-attention heads and the mean
             tokens that leave it, by ``encoder.layer.part``, for example ``vision.3.heads``.
+        details: What else papers report of the test split, by name.
     """
 
     model: str
@@ -99,6 +100,7 @@ class CurvePoint:
     fine_tuned: int
     test_ratio: float
     layers: dict[str, float] = field(default_factory=dict)
+    details: dict[str, float] = field(default_factory=dict)
 
     @property
     def speed_up(self) -> float:

@@ -35,7 +35,7 @@ class Slice:
 
 
 def shrink_(handle: PruningHandle) -> list[Slice]:
-    """Removes every unit whose mask is zero, in place.
+    """Removes every unit whose mask is zero, in place, from a slow copy of the model, too.
 
     Args:
         handle: Its masks must be exactly 0 or 1; they are cleared.
@@ -56,6 +56,8 @@ def shrink_(handle: PruningHandle) -> list[Slice]:
         keep = mask.nonzero().flatten().cpu()
         if keep.numel() < mask.numel():
             slices += remove_units_(handle.groups[name], keep)
+            if handle.momentum is not None:
+                handle.momentum.remove_units_(name, keep)
             before = handle.kept.get(name, list(range(handle.dense_units[name])))
             handle.kept[name] = [before[i] for i in keep.tolist()]
         del handle.masks[name]

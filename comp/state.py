@@ -19,6 +19,7 @@ from torch import Tensor
 from comp.cost import Measurement
 from comp.errors import CheckpointMismatch
 from comp.modes import Stream
+from comp.momentum import restored
 from comp.results import CurvePoint, StageRecord
 from comp.shrink import apply_plan_
 
@@ -49,6 +50,8 @@ def save_state(pruner: "Pruner", directory: Path, *, optimizer: bool = True) -> 
             tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
     for name, mask in handle.masks.items():
         tensors[f"mask.{name}"] = mask
+    if handle.momentum is not None:
+        tensors |= {f"momentum.{k}": v for k, v in handle.momentum.tensors().items()}
     target = directory / f"tensors-{secrets.token_hex(4)}.safetensors"
     save_file({k: v.cpu().contiguous().clone() for k, v in tensors.items()}, target)
     state = {
@@ -111,14 +114,14 @@ def load_state(pruner: "Pruner", directory: Path) -> None:
     apply_plan_(handle, state["plan"]["kept"])
     handle.thresholds = {Stream(k): v for k, v in state["plan"]["thresholds"].items()}
     tensors = load_file(directory / state["tensors"], device=str(pruner.device))
-    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    weights = _under("model.", tensors)
     missing, unexpected = pruner.model.load_state_dict(weights, strict=False)
     tied = set(getattr(pruner.model, "all_tied_weights_keys", {}) or {})
     if unexpected or set(missing) - tied:
         raise CheckpointMismatch(f"{directory} does not fit the model: {missing} {unexpected}")
-    handle.masks = {
-        k.removeprefix("mask."): v for k, v in tensors.items() if k.startswith("mask.")
-    }
+    handle.masks = _under("mask.", tensors)
+    slow = _under("momentum.", tensors)
+    handle.momentum = restored(pruner.model, slow) if slow else None
     pruner.optimizer = _restored_optimizer(pruner, tensors)
     pruner.strategy.restore(state["strategy"])
     pruner.records = [record_from_dict(values) for values in state["records"]]
@@ -129,6 +132,10 @@ def load_state(pruner: "Pruner", directory: Path) -> None:
     pruner._value = state["value"]
     pruner._resource, pruner._dense_resource = state["resource"]
     pruner._cost = None if state["cost"] is None else Measurement(**state["cost"])
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _restored_optimizer(pruner: "Pruner", tensors: dict[str, Tensor]) -> torch.optim.AdamW:

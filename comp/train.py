@@ -22,11 +22,12 @@ from comp.config import PruningConfig, nearest
 from comp.data.openmoji import load_openmoji
 from comp.evaluation import evaluate, resolve_device
 from comp.finetune import train_step
+from comp.handle import TEMPERATURE
 from comp.models import attach, detach
 from comp.models.blip_build import BlipShape, build_blip
 from comp.models.clip_build import build_clip
 from comp.tasks import build_task, build_tokenizer
-from comp.tasks.base import Task
+from comp.tasks.base import PreparingTask, Task
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Recipe:
             NLVR2 only.
         seed: Seed of weights, data order and dropout.
         shape: Sizes of the model.
+        family: Family of the model, ``"blip"`` or ``"clip"``.
     """
 
     task: str
@@ -57,6 +59,7 @@ class Recipe:
     align_steps: int = 0
     seed: int = 0
     shape: BlipShape = field(default_factory=BlipShape)
+    family: str = "blip"
 
 
 RECIPES: dict[str, Recipe] = {
@@ -71,7 +74,8 @@ RECIPES: dict[str, Recipe] = {
         align_steps=1500,
     ),
     "blip-tiny-captioning": Recipe(task="captioning", steps=3000),
-    "clip-tiny-retrieval": Recipe(task="retrieval", steps=4000, batch_size=128),
+    "blip-tiny-retrieval": Recipe(task="retrieval", steps=3000),
+    "clip-tiny-retrieval": Recipe(task="retrieval", steps=4000, batch_size=128, family="clip"),
 }
 
 
@@ -128,17 +132,21 @@ def train_dense(
     target = resolve_device(device)
     tokenizer = build_tokenizer()
     task = build_task(recipe.task, tokenizer=tokenizer, image_size=recipe.shape.image_size)
-    model: nn.Module
-    if recipe.task == "retrieval":
+    model: Any
+    if recipe.family == "clip":
         model = build_clip(recipe.shape, tokenizer, seed=recipe.seed)
     else:
         model = build_blip(recipe.task, recipe.shape, tokenizer, seed=recipe.seed, init=init)
     model.to(target)
     attach(model).stock_when_idle = False
+    if isinstance(task, PreparingTask):
+        task.prepare_(model)
     if recipe.align_steps:
         _fit_aligned(model, task, recipe, tokenizer, on_step=on_step)
     else:
         _fit(model, task, recipe, mixed=mixed, on_step=on_step)
+    if hasattr(model, TEMPERATURE):  # the stock class has no place for it but its config
+        model.config.temperature = float(model.temperature)
     detach(model)
     save_pruned(model, directory, tokenizer=tokenizer, dtype=torch.float16)
     card = {

@@ -66,6 +66,7 @@ CURVE_SCHEMA = pa.schema(
         ("fine_tuned", pa.int64()),
         ("val_before_tuning", pa.float64()),
         ("test_ratio", pa.float64()),
+        ("details", pa.map_(pa.string(), pa.float64())),
         *_PLACE,
     ],
     metadata={"comp.table": "curve", "comp.version": str(FORMAT_VERSION)},
@@ -97,7 +98,7 @@ def row_of(job: Job, record: Record) -> dict[str, Any]:
 def record_of(row: dict[str, Any], body_type: type[StageRecord] | type[CurvePoint]) -> Record:
     """Rebuilds the record that a row was made from."""
     values = row | json.loads(row["extra"] or "{}")
-    for name in ("tokens", "layers"):
+    for name in ("tokens", "layers", "details"):
         if name in values:
             values[name] = dict(values[name] or ())
     fields = {field.name: values[field.name] for field in dataclasses.fields(body_type)}

@@ -101,7 +101,8 @@ POINT_METRICS = (
 
 def _point_values(point: CurvePoint) -> dict[str, float]:
     values = {name: getattr(point, name) for name in POINT_METRICS}
-    return values | {"params_m": point.params / 1e6, "speed_up": _speed_up(point)}
+    values |= {"params_m": point.params / 1e6, "speed_up": _speed_up(point)}
+    return values | {f"test_{name}": value for name, value in point.details.items()}
 
 
 def _speed_up(point: CurvePoint) -> float:

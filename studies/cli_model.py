@@ -81,6 +81,7 @@ def evaluate(
         batch_size=batch_size,
         num_samples=samples,
         device=target,
+        final=True,
     )
     params = sum(p.numel() for p in loaded.model.parameters())
     values = {
@@ -93,12 +94,14 @@ def evaluate(
         "num_samples": result.num_samples,
         "gmacs": cost.macs / 1e9,
         "params": params,
+        "details": result.details,
     }
     text = (
         f"{built.metric_name} {result.metric:.2f} on {result.num_samples} {split} samples of "
         f"{built.name}, loss {result.loss:.4f}, {cost.macs / 1e9:.4g} GFLOPs (multiply-add = 1), "
         f"{params / 1e6:.3f} M parameters"
     )
+    text += "".join(f"\n{name:>16} {value:.4g}" for name, value in result.details.items())
     answer(as_json, values, text)
 
 

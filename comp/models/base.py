@@ -9,6 +9,7 @@ from comp.config import Method
 from comp.data.images import ImageTransform
 from comp.handle import (
     ALIGNMENT,
+    TEMPERATURE,
     PruningHandle,
     Structure,
     handle_of,
@@ -83,8 +84,11 @@ def attach_with(
     existing = getattr(model, "pruning", None)
     if isinstance(existing, PruningHandle):
         handle = existing
+        _check_merge(handle.structure, merge)
     else:
-        handle = PruningHandle(model, adapter.structure(model))
+        structure = adapter.structure(model)
+        _check_merge(structure, merge)
+        handle = PruningHandle(model, structure)
         swap_forward(handle, model, _save_pretrained, name="save_pretrained")
         adapter.swap_forwards(handle)
     if switches is not None:
@@ -96,6 +100,21 @@ def attach_with(
     if handle.switches.token_score == "madtp" and not hasattr(model, ALIGNMENT):
         _add_alignment(handle)
     return handle
+
+
+def _check_merge(structure: Structure, merge: str) -> None:
+    """Refuses to merge what only drops: a summary token has no place in a causal sequence."""
+    causal = [
+        mode.stream.value
+        for mode in structure.modes()
+        if mode.is_tokens and mode.stream not in structure.merges
+    ]
+    if merge == "summary" and causal:
+        raise ValueError(
+            f"merge 'summary' cannot be: {' and '.join(causal)} tokens of {structure.family} run "
+            "in a causal sequence, which has no place for a summary; use 'auto', which merges "
+            "where it can, or 'drop'"
+        )
 
 
 def _add_alignment(handle: PruningHandle) -> None:
@@ -123,8 +142,9 @@ def detach(model: nn.Module) -> None:
             "keep the model attached"
         )
     restore_forwards(handle)
-    if hasattr(model, ALIGNMENT):
-        delattr(model, ALIGNMENT)
+    for added in (ALIGNMENT, TEMPERATURE):
+        if hasattr(model, added):
+            delattr(model, added)
 
 
 def counted_linear(self: Any, rows: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
     BlipForQuestionAnswering,
     PreTrainedTokenizerFast,
 )
@@ -84,7 +85,7 @@ def build_blip(
     """Builds a dense model for a task.
 
     Args:
-        task: ``"vqa"``, ``"nlvr2"`` or ``"captioning"``.
+        task: ``"vqa"``, ``"nlvr2"``, ``"captioning"`` or ``"retrieval"``.
         shape: Its sizes.
         tokenizer: Gives vocabulary and special tokens.
         seed: Seed of fresh weights.
@@ -101,9 +102,11 @@ def build_blip(
         text: Any = config.text_config
         text.label_smoothing = 0.1
         return BlipForConditionalGeneration(config)
+    if task == "retrieval":
+        return BlipForImageTextRetrieval(config)
     if task != "nlvr2":
         raise ValueError(
-            f"task must be vqa, nlvr2 or captioning for a small BLIP, but got {task!r}"
+            f"task must be vqa, nlvr2, captioning or retrieval for a small BLIP, but got {task!r}"
         )
     model = BlipForNLVR(config)
     return model if init is None else duplicate_cross_attention_(model, load_pruned(init))

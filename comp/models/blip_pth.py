@@ -164,6 +164,7 @@ def convert_blip(
     card: dict[str, Any] = {"task": spec.task, "source": f"{file.name} by the BLIP authors"}
     if "temp" in state:
         card["temperature"] = float(state["temp"])
+        model.config.temperature = card["temperature"]  # what attaching starts from
     with complete_directory(out) as part:
         save_pruned(model, part, tokenizer=words, card=card)
     parameters = sum(p.numel() for p in model.parameters())

@@ -1,7 +1,7 @@
 """What the stage loop asks of a task: batches, a loss and a metric."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -17,11 +17,13 @@ class Evaluation:
         metric: The number people quote, in points of 100, higher is better.
         loss: Mean loss per sample.
         num_samples: Samples behind both.
+        details: What else papers report, by name; only of a final evaluation.
     """
 
     metric: float
     loss: float
     num_samples: int
+    details: dict[str, float] = field(default_factory=dict)
 
 
 class Task(Protocol):
@@ -92,4 +94,30 @@ class SplitTask(Task, Protocol):
 
         The arguments are the features of all batches, ``(S, ...)``.
         """
+        ...
+
+
+@runtime_checkable
+class ReportingTask(SplitTask, Protocol):
+    """A task of which papers report more than the stage loop needs, as re-ranked retrieval."""
+
+    def report(
+        self, model: nn.Module, batches: Iterable[Batch], *features: Tensor
+    ) -> tuple[float, dict[str, float]]:
+        """Returns the metric that papers report (0..1), and more figures by name.
+
+        Args:
+            model: An attached model in eval mode, under ``no_grad``.
+            batches: The split's batches once more, on the model's device.
+            features: As for ``score_features``.
+        """
+        ...
+
+
+@runtime_checkable
+class PreparingTask(Protocol):
+    """A task that trains something which the model's stock class lacks."""
+
+    def prepare_(self, model: nn.Module) -> None:
+        """Adds it to an attached model, in place, before its optimizer is made; once is enough."""
         ...

@@ -89,7 +89,8 @@ def build_task(
     if name == "vqa":
         return _vqa(openmoji, tokenizer, numbers, augment=augment, seed=seed)
     if name == "retrieval":
-        return RetrievalTask(*_scenes(openmoji, numbers, seed), tokenizer, augment=augment)
+        scenes = _scenes(openmoji, numbers, seed)
+        return RetrievalTask(*scenes, tokenizer, augment=augment, queue=2_048)
     if name == "captioning":
         return CaptioningTask(*_scenes(openmoji, numbers, seed), tokenizer, augment=augment)
     if name == "instruct":
@@ -119,7 +120,8 @@ def _stored(
     if name == "nlvr2":
         return NlvrTask(streams(stored_statement), images, tokenizer, augment=augment)
     if name == "retrieval":
-        return RetrievalTask(streams(stored_captions), images, tokenizer, augment=augment)
+        top = 128 if "flickr" in stored.facts.get("source", "").lower() else 256  # BLIP's numbers
+        return RetrievalTask(streams(stored_captions), images, tokenizer, augment=augment, top=top)
     if name == "captioning":
         return CaptioningTask(
             streams(stored_captions), images, tokenizer, prompt="a picture of", augment=augment
@@ -171,8 +173,10 @@ def _scenes(
     """Scenes as captioned images, and what draws them."""
     samples = {
         split: [
-            CaptionedImage(scene, scene.captions)
-            for scene in make_scenes(openmoji.drawings, split, num_scenes=number, seed=seed)
+            CaptionedImage(scene, scene.captions, index)
+            for index, scene in enumerate(
+                make_scenes(openmoji.drawings, split, num_scenes=number, seed=seed)
+            )
         ]
         for split, number in numbers.items()
     }

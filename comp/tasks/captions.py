@@ -1,5 +1,6 @@
 """Images with what was said about them: the samples that retrieval and captioning share."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,16 +20,19 @@ class CaptionedImage:
     Attributes:
         image: Whatever the task's ``images`` takes.
         captions: The references, at least one.
+        id: A number that no other image of the split has, for tasks that compare them.
     """
 
     image: Any
     captions: tuple[str, ...]
+    id: int = 0
 
 
 def stored_captions(row: Row) -> CaptionedImage:
     """Makes a sample of a row of kind ``captions``; of more than eight captions eight count."""
     image: EncodedImage = row.images[0]
-    return CaptionedImage(image, tuple(row.texts[:MAX_CAPTIONS]))
+    digest = hashlib.blake2b(row.id.encode(), digest_size=7).digest()
+    return CaptionedImage(image, tuple(row.texts[:MAX_CAPTIONS]), int.from_bytes(digest))
 
 
 def drawn_captions(samples: Sequence[CaptionedImage], *, seed: int, step: int) -> list[str]:

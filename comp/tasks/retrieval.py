@@ -1,12 +1,17 @@
-"""Image-text retrieval by features: which image belongs to a caption, which caption to an image?
+"""Image-text retrieval: which image belongs to a caption, which caption to an image?
 
-The loss is the symmetric contrastive one of CLIP (arXiv 2103.00020) within a batch. The metric,
-the mean of R@1 in both directions, compares all images and captions of a split, and so does the
-loss that goes with it; neither depends on the batches in which the features were made.
+The training loss is BLIP's and CLIP's contrastive one against a slow copy of the model and its
+queues, and for models with a matching head BLIP's matching loss (``comp.contrast``). The metric,
+the mean of R@1 in both directions, compares all images and captions of a split by features, and so
+does the loss that goes with it; neither depends on the batches in which the features were made.
+What papers report of BLIP, ranks by the matching head, is ``report``.
+
+A sample costs one image, its first caption, and one reading of the two together where the model
+has a matching head. Features alone would never notice a pruned cross-attention, so the loss of a
+split has the matching head's, too: on every image's first caption and on the next image's.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,24 +19,48 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from comp.blocks import unmetered
+from comp.contrast import Candidates, Ranks, contrastive_loss, hard_negatives, rank_and_loss
 from comp.data.images import normalize
+from comp.momentum import momentum_of
 from comp.tasks.base import Batch
-from comp.tasks.batching import Streamed, ordered_batches, sample_splits, shuffled_batches
+from comp.tasks.batching import Streamed, sample_splits, shuffled_batches
 from comp.tasks.captions import MAX_CAPTIONS, CaptionedImage, drawn_captions
+from comp.tasks.encoders import (
+    add_temperature_,
+    encode_images,
+    encode_texts,
+    match_logits,
+    matches,
+    similarity_factor,
+)
+from comp.tasks.rerank import rerank
 from comp.tasks.text import TextTokenizer, encode, pad, pad_mask
 
-MAX_SCALE = 100.0
-"""CLIP's bound on the learned factor on the similarities."""
+ALPHA = 0.4
+"""Share of the slow copy's opinion in the targets (BLIP, arXiv 2201.12086)."""
+QUEUE = 57_600
+"""Samples in the queues (BLIP)."""
+MAX_TOKENS = 77
+"""Tokens of a caption that are read: CLIP's number; BLIP's is below."""
+MAX_BERT_TOKENS = 35
+CUTOFFS = (1, 5, 10)
 
 
 class RetrievalTask:
-    """Images with one caption each or several, for models with ``get_image_features``.
+    """Images with several captions each, for dual encoders and for BLIP's retrieval class.
 
     Args:
-        samples: Samples by split.
+        samples: Samples by split, each image with an id of its own.
         images: Returns the pixels of some samples' images, 0..255, ``(B, 3, H, W)``.
         tokenizer: The model's tokenizer.
         augment: Whether training images are shifted and scaled a little (never mirrored).
+        queue: Samples whose features training compares with, at most; rounded down to a multiple
+            of the batch.
+        top: How many of each ranking the matching head judges again (BLIP: 256 on COCO, 128 on
+            Flickr30K).
+
+    Attributes:
+        samples: Samples by split.
     """
 
     name = "retrieval"
@@ -44,19 +73,24 @@ class RetrievalTask:
         tokenizer: TextTokenizer,
         *,
         augment: bool = True,
+        queue: int = QUEUE,
+        top: int = 16,
     ) -> None:
         self.samples = sample_splits(samples)
         self._images = images
-        self._augment = augment
         self._tokenizer = tokenizer
+        self._augment = augment
+        self._queue, self._top = queue, top
         self._pad_id = int(tokenizer.pad_token_id or 0)
+        self._max_tokens = MAX_BERT_TOKENS if _vocabulary(tokenizer, "[SEP]") else MAX_TOKENS
+        self._judge_id = _vocabulary(tokenizer, "[ENC]")
 
     def train_batches(self, *, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
         """Yields shuffled training batches without end, one caption an image; see ``Task``."""
 
         def collate(chosen: Sequence[CaptionedImage], pixels: Tensor, step: int) -> Batch:
             told = drawn_captions(chosen, seed=seed, step=step)
-            return self._batch([[text] for text in told], pixels)
+            return self._batch(chosen, [(text,) for text in told], pixels)
 
         yield from shuffled_batches(
             self.samples["train"],
@@ -73,125 +107,224 @@ class RetrievalTask:
         self, split: str, *, batch_size: int, num_samples: int | None = None
     ) -> Iterator[Batch]:
         """Yields a split once in a fixed order; a sample is an image with its captions."""
+        if split not in self.samples:
+            raise ValueError(f"split must be one of {', '.join(self.samples)}, but got {split!r}")
+        samples = self.samples[split]
+        end = min(len(samples), num_samples or len(samples))
+        for first in range(0, end, batch_size):
+            last = min(first + batch_size, end)
+            chosen = samples.fetch(range(first, last))
+            others = [*chosen[1:], *samples.fetch([last % end])]
+            batch = self._batch(chosen, [_read(one) for one in chosen], self._pixels(chosen))
+            yield batch | self._texts([_read(one)[:1] for one in others], "other_")
 
-        def collate(chosen: Sequence[CaptionedImage], pixels: Tensor, step: None) -> Batch:
-            return self._batch([one.captions[:MAX_CAPTIONS] for one in chosen], pixels)
-
-        yield from ordered_batches(
-            self.samples,
-            self._pixels,
-            collate,
-            split,
-            batch_size=batch_size,
-            num_samples=num_samples,
-        )
+    def prepare_(self, model: nn.Module) -> None:
+        """Gives BLIP's class the temperature that it learns and the stock class lacks."""
+        add_temperature_(model)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns the symmetric contrastive loss of each image's first caption."""
-        images, texts = _first_captions(model, batch)
-        return compare(images, texts)[1].mean()
+        """Returns the contrastive loss, plus the matching loss where the model has the head.
+
+        While training, candidates and targets are the slow copy's; in eval mode they are the
+        batch's own.
+        """
+        ids, mask = batch["input_ids"][:, 0], batch["attention_mask"][:, 0]
+        factor = similarity_factor(model)
+        images = encode_images(model, batch["pixel_values"])
+        texts = encode_texts(model, ids, mask)
+        candidates, alpha = Candidates(images.features, texts, batch["image_id"]), 0.0
+        if model.training:
+            candidates, alpha = self._candidates(model, batch, ids, mask, texts.shape[1])
+        loss = contrastive_loss(images.features, texts, candidates, factor, alpha)
+        if images.rows is None:
+            return loss
+        similarity = (factor * images.features @ texts.mT).detach()
+        return loss + self._matching(model, batch, images.rows, ids, mask, similarity)
 
     def score(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns both R@1 and the loss within the batch, of each image's first caption."""
-        return compare(*_first_captions(model, batch))
+        """Returns both R@1 and the contrastive loss within the batch, of the first captions."""
+        images, texts, _ = self._first(model, batch)
+        told = torch.ones(texts.shape[:2], dtype=torch.bool, device=texts.device)
+        ranks, loss = rank_and_loss(images, texts, told)
+        return ranks.hits(), loss
 
-    def features(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns features of images and captions, and which captions there are.
-
-        The metered cost of a sample is that of the image and its first caption.
+    def features(self, model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+        """Returns what the metric needs of every image.
 
         Returns:
-            ``(B, D)``, ``(B, MAX_CAPTIONS, D)`` and ``(B, MAX_CAPTIONS)``, bool.
+            Features of the images, scaled, ``(B, D)``; of the captions, ``(B, C, D)``; which of
+            these exist, ``(B, C)``; their token ids, padded with -1, ``(B, C, N)``; the matching
+            head's loss, ``(B,)``.
         """
-        images, first = _first_captions(model, batch)
-        known = batch["attention_mask"].any(dim=2)  # (B, C)
-        texts = first.new_zeros(len(first), MAX_CAPTIONS, first.shape[2])
-        texts[:, :1] = first
+        images, first, fits = self._first(model, batch)
+        matching = torch.zeros(len(images), device=images.device)
         with unmetered(model):
-            for caption in range(1, known.shape[1]):
-                rows = known[:, caption]
-                told = {name: batch[name][rows] for name in ("input_ids", "attention_mask")}
-                texts[rows, caption] = _text_features(model, told, caption)
-        return images, texts, functional.pad(known, (0, MAX_CAPTIONS - known.shape[1]))
+            if fits is not None:
+                logits, rows = fits
+                matching = self._both(model, batch, rows, logits)
+            more = [
+                encode_texts(model, batch["input_ids"][:, i], batch["attention_mask"][:, i])
+                for i in range(1, batch["input_ids"].shape[1])
+            ]
+        texts = torch.stack([first[:, 0], *more], dim=1)
+        told = batch["told"]
+        ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -1)
+        missing = self._max_tokens - ids.shape[2], MAX_CAPTIONS - ids.shape[1]
+        return (
+            images,
+            functional.pad(texts, (0, 0, 0, missing[1])),
+            functional.pad(told, (0, missing[1])),
+            functional.pad(ids, (0, missing[0], 0, missing[1]), value=-1),
+            matching,
+        )
 
-    def score_features(
-        self, images: Tensor, texts: Tensor, known: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Returns every image's share of the mean of both R@1, and its loss, each ``(S,)``."""
-        return compare(images, texts, known)
+    def score_features(self, *features: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the mean of both R@1 and the losses of every image, each ``(S,)``."""
+        images, texts, told, _, matching = features
+        ranks, loss = rank_and_loss(images, texts, told)
+        return ranks.hits(), loss + matching
+
+    def report(
+        self, model: nn.Module, batches: Iterable[Batch], *features: Tensor
+    ) -> tuple[float, dict[str, float]]:
+        """Returns what papers report of a split; see ``ReportingTask``.
+
+        Returns:
+            The mean of both R@1, re-ranked if the model has a matching head, and R@1, R@5 and R@10
+            of texts for an image (``i2t_r1``) and of images for a text (``t2i_r1``) in points of
+            100. With re-ranking, those by features alone are named ``itc_i2t_r1`` and so on, and
+            ``rerank_gmacs`` is what re-ranking one query costs beyond the features.
+        """
+        images, texts, told, ids, _ = features
+        ranks, _ = rank_and_loss(images, texts, told)
+        if not matches(model):
+            return _headline(ranks), _recalls(ranks)
+        images = functional.normalize(images, dim=1)
+
+        def read(numbers: Tensor) -> tuple[Tensor, Tensor]:
+            chosen = ids.flatten(0, 1)[numbers]
+            chosen = chosen[:, : int((chosen >= 0).sum(dim=1).max())]
+            known = chosen >= 0
+            return self._for_judge(chosen.masked_fill(~known, self._pad_id)), known.long()
+
+        again, macs = rerank(model, batches, images, texts, told, read, top=self._top)
+        by_features = {f"itc_{name}": value for name, value in _recalls(ranks).items()}
+        return _headline(again), _recalls(again) | by_features | {"rerank_gmacs": macs / 1e9}
+
+    def _candidates(
+        self, model: nn.Module, batch: Batch, ids: Tensor, mask: Tensor, width: int
+    ) -> tuple[Candidates, float]:
+        """Encodes the batch by the slow copy, and remembers it behind what was in the queues."""
+        size = len(ids)
+        slow = momentum_of(model, length=self._queue, batch=size, width=width)
+        images = slow.encode(model, lambda m: encode_images(m, batch["pixel_values"]).features)
+        texts = slow.encode(model, lambda m: encode_texts(m, ids, mask))
+        own = (images, texts, batch["image_id"])
+        found = [torch.cat(pair) for pair in _zip(own, slow.queues())]
+        alpha = ALPHA * min(1.0, slow.seen / len(self.samples["train"]))
+        slow.remember(*own)
+        return Candidates(*found), alpha
+
+    def _matching(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        rows: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        similarity: Tensor,
+    ) -> Tensor:
+        """Cross-entropy of all pairs, and of hard wrong images and texts (BLIP's ITM)."""
+        same = batch["image_id"][:, None] == batch["image_id"]
+        texts, wrong_images = hard_negatives(similarity.mT, same)
+        images, wrong_texts = hard_negatives(similarity, same)
+        own = torch.arange(len(ids), device=ids.device)
+        pick_images = torch.cat([own, wrong_images, images])
+        pick_texts = torch.cat([own, texts, wrong_texts])
+        logits = match_logits(
+            model, rows[pick_images], self._for_judge(ids[pick_texts]), mask[pick_texts]
+        )
+        labels = (torch.arange(len(logits), device=ids.device) < len(own)).long()
+        return functional.cross_entropy(logits, labels)
+
+    def _first(
+        self, model: nn.Module, batch: Batch
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Features of images, scaled, and of first captions; logits and rows of the two."""
+        ids, mask = batch["input_ids"][:, 0], batch["attention_mask"][:, 0]
+        images = encode_images(model, batch["pixel_values"])
+        texts = encode_texts(model, ids, mask).unsqueeze(1)
+        scaled = similarity_factor(model) * images.features
+        if images.rows is None:
+            return scaled, texts, None
+        logits = match_logits(model, images.rows, self._for_judge(ids), mask)
+        return scaled, texts, (logits, images.rows)
+
+    def _both(self, model: nn.Module, batch: Batch, rows: Tensor, fits: Tensor) -> Tensor:
+        """Matching loss of every image on its own caption and on another's, ``(B,)``."""
+        ids, mask = batch["other_input_ids"][:, 0], batch["other_attention_mask"][:, 0]
+        other = match_logits(model, rows, self._for_judge(ids), mask)
+        yes = functional.cross_entropy(fits, torch.ones_like(ids[:, 0]), reduction="none")
+        no = functional.cross_entropy(other, torch.zeros_like(ids[:, 0]), reduction="none")
+        return (yes + no) / 2
+
+    def _for_judge(self, ids: Tensor) -> Tensor:
+        """Texts that are read with an image begin with [ENC] where the tokenizer knows it."""
+        if self._judge_id is None:
+            return ids
+        return torch.cat([torch.full_like(ids[:, :1], self._judge_id), ids[:, 1:]], dim=1)
 
     def _pixels(self, chosen: Sequence[CaptionedImage]) -> Tensor:
         return self._images([one.image for one in chosen])
 
-    def _batch(self, told: Sequence[Sequence[str]], pixels: Tensor) -> Batch:
-        ids = iter(encode(self._tokenizer, [text for texts in told for text in texts]))
-        most = max(len(texts) for texts in told)
-        rows = [[next(ids) for _ in texts] + [[]] * (most - len(texts)) for texts in told]
-        flat = [one for row in rows for one in row]
-        shape = (len(told), most)
+    def _batch(
+        self, chosen: Sequence[CaptionedImage], told: Sequence[tuple[str, ...]], pixels: Tensor
+    ) -> Batch:
         return {
             "pixel_values": normalize(pixels),
-            "input_ids": pad(flat, self._pad_id).unflatten(0, shape),  # (B, C, N)
-            "attention_mask": pad_mask(flat).unflatten(0, shape),  # all zero where none is
+            "image_id": torch.tensor([one.id for one in chosen]),
+            "told": pad_mask([[1] * len(texts) for texts in told]).bool(),
+            **self._texts(told),
+        }
+
+    def _texts(self, told: Sequence[tuple[str, ...]], prefix: str = "") -> Batch:
+        """Token ids and masks, ``(B, C, N)``; the first text stands where one is missing."""
+        most = max(len(texts) for texts in told)
+        filled = [t for texts in told for t in (*texts, *(texts[:1] * (most - len(texts))))]
+        ids = encode(self._tokenizer, filled, max_tokens=self._max_tokens)
+        return {
+            f"{prefix}input_ids": pad(ids, self._pad_id).unflatten(0, (len(told), most)),
+            f"{prefix}attention_mask": pad_mask(ids).unflatten(0, (len(told), most)),
         }
 
 
-def compare(
-    images: Tensor, texts: Tensor, known: Tensor | None = None, *, chunk: int = 256
-) -> tuple[Tensor, Tensor]:
-    """Holds every image against every caption.
+def _read(sample: CaptionedImage) -> tuple[str, ...]:
+    """The captions of an image that are read.
 
-    Args:
-        images: Features, already scaled, ``(S, D)``.
-        texts: Features of the captions of each image, ``(S, C, D)``.
-        known: Which captions there are, the first of every image among them, ``(S, C)``; all of
-            them if ``None``.
-        chunk: Images whose similarities are held in memory at once.
-
-    Returns:
-        Per image, each ``(S,)``: a value whose mean is that of the two R@1, over images and over
-        captions, and the mean of both cross-entropies, several captions of one image being
-        equally right.
+    Raises:
+        ValueError: If it has none.
     """
-    num_images, num_captions = texts.shape[:2]
-    if known is None:
-        known = torch.ones(num_images, num_captions, dtype=torch.bool, device=texts.device)
-    weight = num_images / known.sum()  # of a caption beside an image
-    hits, losses = [], []
-    with torch.autocast(images.device.type, enabled=False):
-        images, texts = images.float(), texts.float()
-        for start in range(0, num_images, chunk):
-            own = torch.arange(start, min(start + chunk, num_images), device=images.device)
-            there = known[own].float()  # (K, C)
-            by_image = images[own] @ texts.flatten(0, 1).mT  # (K, S * C)
-            by_image = by_image.masked_fill(~known.flatten(), -math.inf)
-            by_text = texts[own] @ images.mT  # (K, C, S)
-            right = by_text.gather(2, own[:, None, None].expand(-1, num_captions, 1))[..., 0]
-            found = (by_image.argmax(dim=1) // num_captions == own).float()
-            named = (by_text.argmax(dim=2) == own[:, None]).float()
-            hits.append((found + weight * (named * there).sum(dim=1)) / 2)
-            missed = ((by_text.logsumexp(dim=2) - 2 * right) * there).sum(dim=1)
-            losses.append((by_image.logsumexp(dim=1) + missed / there.sum(dim=1)) / 2)
-    return torch.cat(hits), torch.cat(losses)
+    if not sample.captions:
+        raise ValueError(f"every image must have a caption, but image {sample.id} has none")
+    return sample.captions[:MAX_CAPTIONS]
 
 
-def _first_captions(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Features of images ``(B, D)``, scaled, and of their first captions ``(B, 1, D)``."""
-    dual: Any = model
-    images = dual.get_image_features(pixel_values=batch["pixel_values"]).pooler_output
-    scale = dual.logit_scale.clamp(max=math.log(MAX_SCALE)).exp()
-    return scale * _unit(images), _text_features(model, batch, 0).unsqueeze(1)
+def _zip(first: Any, second: Any) -> Iterator[tuple[Any, Any]]:
+    return zip(first, second, strict=True)
 
 
-def _text_features(model: nn.Module, batch: Batch, caption: int) -> Tensor:
-    dual: Any = model
-    return _unit(
-        dual.get_text_features(
-            input_ids=batch["input_ids"][:, caption],
-            attention_mask=batch["attention_mask"][:, caption],
-        ).pooler_output
-    )
+def _headline(ranks: Ranks) -> float:
+    return sum(ranks.recall(1)) / 2
 
 
-def _unit(features: Tensor) -> Tensor:
-    return functional.normalize(features.float(), dim=-1)
+def _recalls(ranks: Ranks) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for k in CUTOFFS:
+        found, named = ranks.recall(k)
+        values |= {f"i2t_r{k}": 100 * found, f"t2i_r{k}": 100 * named}
+    return values
+
+
+def _vocabulary(tokenizer: Any, token: str) -> int | None:
+    """A special token's id, if the tokenizer has it."""
+    return dict(tokenizer.get_vocab()).get(token) if hasattr(tokenizer, "get_vocab") else None

@@ -114,10 +114,20 @@ def build_tokenizer(*, drawings: "Sequence[Drawing] | None" = None, seed: int = 
     return as_pretrained(tokenizer_from_texts(texts, whole=all_answers(drawings), max_words=700))
 
 
-def encode(tokenizer: TextTokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Returns the token ids of each text, special tokens included, without padding."""
+def encode(
+    tokenizer: TextTokenizer, texts: Sequence[str], *, max_tokens: int | None = None
+) -> list[list[int]]:
+    """Returns the token ids of each text, special tokens included, without padding.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: ``B`` texts.
+        max_tokens: Longer texts lose words at their end; ``None`` is the tokenizer's own bound.
+    """
     distinct = list(dict.fromkeys(texts))
-    ids = tokenizer(distinct, add_special_tokens=True, truncation=True)["input_ids"]
+    ids = tokenizer(distinct, add_special_tokens=True, truncation=True, max_length=max_tokens)[
+        "input_ids"
+    ]
     table = dict(zip(distinct, ids, strict=True))
     return [table[text] for text in texts]
 

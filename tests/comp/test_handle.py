@@ -235,3 +235,16 @@ def test_group_names_are_module_paths(family: TinyFamily) -> None:
     groups = attach(family.build(0)).groups
     assert list(groups) == list(attach(family.build(1)).groups)
     assert all(isinstance(group.out.linear.weight, Tensor) for group in groups.values())
+
+
+@pytest.mark.parametrize(("family", "streams"), [("clip", "text"), ("llava", "vision and text")])
+def test_a_summary_token_is_refused_where_tokens_run_in_a_causal_sequence(
+    family: str, streams: str
+) -> None:
+    model = FAMILIES[family].build(0)
+    with pytest.raises(
+        ValueError, match=f"merge 'summary' cannot be: {streams} tokens of {family}"
+    ):
+        attach(model, merge="summary")
+    assert not hasattr(model, "pruning")
+    assert attach(FAMILIES["blip-nlvr"].build(0), merge="summary").merges(Stream.TEXT)

@@ -21,8 +21,9 @@ from comp.handle import handle_of
 from comp.masks import mask_value
 from comp.models import attach
 from comp.modes import PruningMode, Stream
-from comp.pruner import Pruner, evaluate_dense, make_strategy, prune
+from comp.pruner import Pruner, evaluate_dense, prune
 from comp.results import CurvePoint, StageRecord
+from comp.schedules import make_strategy
 from comp.shrink import shrink_
 from comp.strategy import FixedStrategy, LookaheadStrategy, MultiModeStrategy, history_weight
 from comp.tasks.base import Batch
@@ -535,6 +536,27 @@ def test_an_unreachable_ratio_is_refused_before_any_training() -> None:
     assert 0.5 < e.value.highest < 0.99
     assert pruner.stages == []
     assert all(torch.equal(weights[n], v) for n, v in pruner.model.state_dict().items())
+
+
+class OtherTraining(TinyTask):
+    """Its training samples cost far less than those that decide whether a ratio is reached."""
+
+    def batches(
+        self, split: str, *, batch_size: int, num_samples: int | None = None
+    ) -> Iterator[Batch]:
+        for batch in super().batches(split, batch_size=batch_size, num_samples=num_samples):
+            if split == "train":
+                batch["attention_mask"][:, 3:] = 0
+            yield batch
+
+
+def test_what_can_be_reached_is_measured_on_the_samples_that_decide() -> None:
+    found = []
+    for task in (TinyTask(NLVR), OtherTraining(NLVR)):
+        with pytest.raises(BudgetUnreachable) as error:
+            list(pruner_of(task=task, ratios=(0.99,)).run())
+        found.append(error.value.highest)
+    assert found[0] == found[1]
 
 
 def test_the_highest_ratio_that_it_names_can_be_reached() -> None:

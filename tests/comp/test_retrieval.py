@@ -2,31 +2,38 @@
 
 import itertools
 import math
-from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
-from transformers import CLIPModel, SiglipModel
+from transformers import BlipForImageTextRetrieval, CLIPModel, SiglipModel
 
+from comp.checkpoint import load_pruned, save_pruned
 from comp.config import PruningConfig
 from comp.cost import Measurement
 from comp.data.openmoji import OpenMoji
 from comp.evaluation import evaluate
 from comp.finetune import make_optimizer, train_step
-from comp.models import attach
-from comp.models.blip_build import BlipShape
+from comp.models import attach, detach
+from comp.models.blip_build import BlipShape, build_blip
 from comp.models.clip_build import build_clip
 from comp.modes import PruningMode, Stream
 from comp.pruner import Pruner
 from comp.results import CurvePoint
-from comp.tasks.base import Batch, SplitTask
+from comp.tasks.base import Batch, ReportingTask, SplitTask
 from comp.tasks.captions import CaptionedImage
+from comp.tasks.encoders import (
+    add_temperature_,
+    encode_images,
+    encode_texts,
+    match_logits,
+    similarity_factor,
+)
 from comp.tasks.questions import make_questions
-from comp.tasks.retrieval import RetrievalTask, compare
+from comp.tasks.retrieval import RetrievalTask
 from comp.tasks.scenes import make_scenes, render_scenes
 from comp.tasks.vqa import VqaTask
 from comp.train import RECIPES
@@ -39,16 +46,18 @@ TINY = BlipShape(width=16, heads=2, vision_layers=2, text_layers=2, image_size=6
 def task(openmoji: OpenMoji, tokenizer: Any) -> RetrievalTask:
     samples = {
         split: [
-            CaptionedImage(scene, scene.captions)
-            for scene in make_scenes(openmoji.drawings, split, num_scenes=40)
+            CaptionedImage(scene, scene.captions, index)
+            for index, scene in enumerate(make_scenes(openmoji.drawings, split, num_scenes=40))
         ]
         for split in ("train", "val", "test")
     }
-
-    def images(scenes: Sequence[Any]) -> Tensor:
-        return render_scenes(scenes, openmoji.pixels)
-
-    return RetrievalTask(samples, images, tokenizer)
+    return RetrievalTask(
+        samples,
+        lambda scenes: render_scenes(scenes, openmoji.pixels),
+        tokenizer,
+        queue=20,
+        top=5,
+    )
 
 
 def tiny_clip(tokenizer: Any) -> CLIPModel:
@@ -57,9 +66,18 @@ def tiny_clip(tokenizer: Any) -> CLIPModel:
     return model
 
 
-def metric_of(features: Tensor, texts: Tensor) -> list[float]:
-    values: list[float] = compare(features, texts)[0].tolist()
-    return values
+def tiny_blip(tokenizer: Any) -> Any:
+    model = build_blip("retrieval", TINY, tokenizer)
+    assert isinstance(model, BlipForImageTextRetrieval)
+    randomise_(model, 0)
+    return model
+
+
+def tiny(family: str, tokenizer: Any) -> Any:
+    return tiny_clip(tokenizer) if family == "clip" else tiny_blip(tokenizer)
+
+
+BOTH = pytest.mark.parametrize("family", ["clip", "blip"])
 
 
 def test_a_sample_is_an_image_with_three_captions(task: RetrievalTask) -> None:
@@ -86,69 +104,64 @@ def test_an_unknown_split_is_named(task: RetrievalTask) -> None:
         next(task.batches("dev", batch_size=1))
 
 
-def test_captions_that_are_not_there_neither_find_nor_are_found(tokenizer: Any) -> None:
-    images = torch.eye(2)
-    texts = torch.stack([torch.eye(2), torch.eye(2)[[1, 1]] * 0.5])
-    texts[0, 1] = 9 * images[1]  # would win every search of the second image
-    known = torch.tensor([[True, False], [True, True]])
-    assert compare(images, texts, known)[0].mean() == 1.0
-    texts[1, 1] = images[0]  # one caption of three names the wrong image
-    assert compare(images, texts, known)[0].mean() == pytest.approx((1 + 2 / 3) / 2)
+def test_an_image_without_a_caption_is_refused(tokenizer: Any) -> None:
+    task = RetrievalTask({"val": [CaptionedImage(0, (), 7)]}, lambda _: torch.empty(0), tokenizer)
+    with pytest.raises(ValueError, match="must have a caption, but image 7 has none"):
+        next(task.batches("val", batch_size=1))
 
 
-def test_a_loss_over_captions_that_are_there_is_that_without_the_others() -> None:
-    images, texts = torch.randn(3, 4), torch.randn(3, 2, 4)
-    known = torch.tensor([[True, False]] * 3)
-    torch.testing.assert_close(compare(images, texts, known), compare(images, texts[:, :1]))
+def test_images_may_have_different_numbers_of_captions(
+    task: RetrievalTask, openmoji: OpenMoji, tokenizer: Any
+) -> None:
+    samples = [
+        CaptionedImage(one.image, one.captions[: 1 + index % 3], index)
+        for index, one in enumerate(task.samples["val"])
+    ]
+    uneven = RetrievalTask(
+        {"val": samples}, lambda s: render_scenes(s, openmoji.pixels), tokenizer
+    )
+    verdicts = []
+    for batch_size in (1, 12):
+        model = tiny_clip(tokenizer)
+        attach(model)
+        verdicts.append(evaluate(model, uneven, "val", batch_size=batch_size, num_samples=12)[0])
+    assert verdicts[0].metric == verdicts[1].metric
+    assert verdicts[0].loss == pytest.approx(verdicts[1].loss, rel=1e-4)
 
 
-def test_a_perfect_model_finds_everything() -> None:
-    images = torch.eye(5)
-    assert metric_of(images, images[:, None].expand(-1, 3, -1)) == [1.0] * 5
+def test_clips_scale_and_blips_temperature_are_kept_in_their_bounds(tokenizer: Any) -> None:
+    clip, blip = tiny_clip(tokenizer).train(), tiny_blip(tokenizer).train()
+    add_temperature_(blip)
+    torch.nn.init.constant_(clip.logit_scale, 50.0)
+    torch.nn.init.constant_(blip.temperature, 1e-6)
+    for model, learned, bound, factor in (
+        (clip, "logit_scale", math.log(100.0), 100.0),
+        (blip, "temperature", 0.001, 1000.0),
+    ):
+        assert similarity_factor(model).item() == pytest.approx(factor)
+        assert getattr(model, learned).item() == pytest.approx(bound)
+    torch.nn.init.constant_(blip.temperature, 3.0)
+    assert similarity_factor(blip).item() == 2.0
 
 
-def test_any_caption_of_its_own_is_right_for_an_image() -> None:
-    images = torch.eye(2)
-    texts = torch.stack([torch.eye(2), torch.eye(2)[[1, 1]]])  # the first image's second is wrong
-    texts[0, 1] = torch.tensor([0.0, 0.9])
-    assert metric_of(images, texts) == [0.75, 1.0]
-
-
-def test_the_loss_with_one_caption_is_clips() -> None:
-    images, texts = torch.randn(2, 7, 4)
-    logits, target = images @ texts.T, torch.arange(7)
-    both = functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)
-    torch.testing.assert_close(compare(images, texts[:, None])[1].mean(), both / 2)
-
-
-def test_chunks_change_nothing() -> None:
-    images, texts = torch.randn(11, 4), torch.randn(11, 3, 4)
-    whole, parts = compare(images, texts), compare(images, texts, chunk=4)
-    torch.testing.assert_close(parts, whole)
-
-
-def test_the_similarities_are_bounded(task: RetrievalTask, tokenizer: Any) -> None:
-    model = tiny_clip(tokenizer)
-    batch = next(task.batches("val", batch_size=4))
-    torch.nn.init.constant_(model.logit_scale, 50.0)
-    images, _, _ = task.features(model, batch)
-    torch.testing.assert_close(images.norm(dim=1), torch.full((4,), 100.0))
-
-
-def evaluate_in(task: RetrievalTask, tokenizer: Any, batch_size: int) -> tuple[Any, Measurement]:
-    model = tiny_clip(tokenizer)
+def evaluate_in(
+    task: RetrievalTask, tokenizer: Any, batch_size: int, family: str = "clip"
+) -> tuple[Any, Measurement]:
+    model = tiny(family, tokenizer)
     handle = attach(model)
     handle.thresholds = {Stream.VISION: 0.7, Stream.TEXT: 0.7}
-    return evaluate(model, task, "val", batch_size=batch_size)
+    return evaluate(model, task, "val", batch_size=batch_size, final=True)
 
 
+@BOTH
 def test_neither_metric_nor_loss_nor_cost_depends_on_the_batches(
-    task: RetrievalTask, tokenizer: Any
+    task: RetrievalTask, tokenizer: Any, family: str
 ) -> None:
-    verdict, cost = evaluate_in(task, tokenizer, 40)
+    verdict, cost = evaluate_in(task, tokenizer, 40, family)
     for batch_size in (1, 7):
-        other, other_cost = evaluate_in(task, tokenizer, batch_size)
+        other, other_cost = evaluate_in(task, tokenizer, batch_size, family)
         assert (other.metric, other.num_samples) == (verdict.metric, 40)
+        assert other.details == pytest.approx(verdict.details)
         assert other.loss == pytest.approx(verdict.loss, rel=1e-4)
         assert other_cost == cost
 
@@ -165,8 +178,102 @@ def test_a_sample_costs_one_image_and_one_caption(task: RetrievalTask, tokenizer
     assert measured == meter.measurement(handle.groups.values(), handle.alive())
 
 
-def test_a_model_of_random_weights_is_near_chance(task: RetrievalTask, tokenizer: Any) -> None:
-    assert evaluate_in(task, tokenizer, 40)[0].metric < 20
+def test_a_sample_of_a_model_that_matches_costs_one_reading_of_both_more(
+    task: RetrievalTask, tokenizer: Any
+) -> None:
+    model = tiny_blip(tokenizer)
+    handle = attach(model)
+    _, measured = evaluate(model, task, "val", num_samples=1)
+    batch = next(task.batches("val", batch_size=1))
+    ids, mask = batch["input_ids"][:, 0], batch["attention_mask"][:, 0]
+    with torch.no_grad(), handle.metering() as meter:
+        rows = encode_images(model, batch["pixel_values"]).rows
+        assert rows is not None
+        encode_texts(model, ids, mask)
+        match_logits(model, rows, ids, mask)
+    meter.num_samples = 1
+    assert measured == meter.measurement(handle.groups.values(), handle.alive())
+
+
+def judged_by_hand(task: RetrievalTask, model: Any, num: int) -> Tensor:
+    """BLIP's scores of all pairs: the head's logit plus the similarity, (images, texts)."""
+    batch = next(task.batches("val", batch_size=num))
+    ids, mask = batch["input_ids"].flatten(0, 1), batch["attention_mask"].flatten(0, 1)
+    with torch.no_grad():
+        images = encode_images(model, batch["pixel_values"])
+        assert images.rows is not None
+        similarity = images.features @ encode_texts(model, ids, mask).T
+        rows = images.rows.repeat_interleave(len(ids), dim=0)
+        logits = match_logits(model, rows, ids.repeat(num, 1), mask.repeat(num, 1))
+    return similarity + logits[:, 1].view(num, -1)
+
+
+def test_re_ranking_everything_ranks_by_the_matching_head(
+    task: RetrievalTask, openmoji: OpenMoji, tokenizer: Any
+) -> None:
+    model = tiny_blip(tokenizer)
+    attach(model)
+    whole = RetrievalTask(
+        {"val": list(task.samples["val"])},
+        lambda scenes: render_scenes(scenes, openmoji.pixels),
+        tokenizer,
+        top=24,
+    )
+    verdict, _ = evaluate(model, whole, "val", num_samples=8, batch_size=3, final=True)
+    scores = judged_by_hand(task, model, 8)  # (8, 24)
+    owner = torch.arange(24) // 3
+    found = owner[scores.topk(5, dim=1).indices] == torch.arange(8)[:, None]
+    named = scores.topk(5, dim=0).indices == owner
+    assert verdict.details["i2t_r5"] == pytest.approx(100 * float(found.any(1).float().mean()))
+    assert verdict.details["t2i_r5"] == pytest.approx(100 * float(named.any(0).float().mean()))
+    first = (found[:, 0].float().mean() + named[0].float().mean()) / 2
+    assert verdict.metric == pytest.approx(100 * float(first))
+
+
+def test_re_ranking_moves_nothing_into_its_lists(task: RetrievalTask, tokenizer: Any) -> None:
+    details = evaluate_in(task, tokenizer, 40, "blip")[0].details
+    for way in ("i2t", "t2i"):  # the lists are the first five by features
+        assert details[f"{way}_r5"] == details[f"itc_{way}_r5"] == details[f"{way}_r10"]
+
+
+def test_re_ranking_costs_a_list_of_readings_apart_from_the_sample(
+    task: RetrievalTask, tokenizer: Any
+) -> None:
+    model = tiny_blip(tokenizer)
+    attach(model)
+    plain = evaluate(model, task, "val")
+    final = evaluate(model, task, "val", final=True)
+    assert plain[1] == final[1]
+    assert plain[0].details == {}
+    text_only = evaluate(tiny_clip_attached(tokenizer), task, "val", final=True)[0].details
+    assert "rerank_gmacs" not in text_only
+    assert final[0].details["rerank_gmacs"] > 0
+
+
+def tiny_clip_attached(tokenizer: Any) -> CLIPModel:
+    model = tiny_clip(tokenizer)
+    attach(model)
+    return model
+
+
+@BOTH
+def test_a_model_of_random_weights_is_near_chance(
+    task: RetrievalTask, tokenizer: Any, family: str
+) -> None:
+    assert evaluate_in(task, tokenizer, 40, family)[0].metric < 20
+
+
+def test_a_broken_matching_head_shows_in_the_loss_though_features_rank_alone(
+    task: RetrievalTask, tokenizer: Any
+) -> None:
+    model = tiny_blip(tokenizer)
+    attach(model)
+    before, _ = evaluate(model, task, "val", num_samples=8)
+    torch.nn.init.constant_(model.itm_head.bias, 50.0)
+    model.itm_head.bias.data[1] = -50.0
+    after, _ = evaluate(model, task, "val", num_samples=8)
+    assert after.metric == before.metric
+    assert after.loss > before.loss + 10
 
 
 def test_only_tasks_with_features_are_judged_by_the_split(
@@ -174,6 +281,7 @@ def test_only_tasks_with_features_are_judged_by_the_split(
 ) -> None:
     questions = make_questions(openmoji.drawings, "val", num_questions=4)
     vqa = VqaTask({"val": questions}, openmoji.pixels, ["yes"], tokenizer)
+    assert isinstance(task, ReportingTask)
     assert isinstance(task, SplitTask)
     assert not isinstance(vqa, SplitTask)
 
@@ -189,38 +297,61 @@ def test_siglip_runs_it_too(task: RetrievalTask, tokenizer: Any) -> None:
     assert math.isfinite(verdict.loss)
 
 
-def test_a_few_steps_lower_the_loss(task: RetrievalTask, tokenizer: Any) -> None:
-    model = build_clip(TINY, tokenizer)
+@BOTH
+def test_a_few_steps_lower_the_loss(task: RetrievalTask, tokenizer: Any, family: str) -> None:
+    model = tiny(family, tokenizer)
     attach(model).stock_when_idle = False
     config = PruningConfig(learning_rate=2e-3)
     optimizer = make_optimizer(model, config)
-    batch: Batch = next(task.train_batches(batch_size=16, seed=0))
+    batch: Batch = next(task.train_batches(batch_size=10, seed=0))
     losses = [
         train_step(model, task, itertools.repeat(batch), optimizer, config) for _ in range(25)
     ]
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[4] - 0.5  # by then the queues are full and all targets in force
 
 
-def test_a_clip_is_pruned_by_all_four_modes(task: RetrievalTask, tokenizer: Any) -> None:
-    config = PruningConfig(
-        ratios=(0.4,),
-        num_stages=6,
-        steps_per_stage=2,
-        fine_tune_steps=2,
-        batch_size=8,
-        eval_samples=16,
-        calibration_samples=16,
-        probe_samples=8,
-        device="cpu",
-    )
-    pruner = Pruner(build_clip(TINY, tokenizer), task, config)
+PRUNING = PruningConfig(
+    ratios=(0.4,),
+    num_stages=6,
+    steps_per_stage=2,
+    fine_tune_steps=2,
+    batch_size=8,
+    eval_samples=16,
+    test_samples=16,
+    calibration_samples=16,
+    probe_samples=8,
+    device="cpu",
+)
+
+
+@BOTH
+def test_a_retriever_is_pruned_by_all_its_modes(
+    task: RetrievalTask, tokenizer: Any, family: str
+) -> None:
+    pruner = Pruner(tiny(family, tokenizer), task, PRUNING)
     records = list(pruner.run())
-    assert {record.mode for record in pruner.stages[:4]} == {
-        mode.value for mode in PruningMode if mode is not PruningMode.CROSS_PARAMS
-    }
-    assert isinstance(records[-1], CurvePoint)
-    assert records[-1].ratio_reached == pytest.approx(0.4, abs=0.03)
+    modes = [mode for mode in PruningMode if family == "blip" or mode != "cross_params"]
+    assert {record.mode for record in pruner.stages[: len(modes)]} == set(modes)
+    point = records[-1]
+    assert isinstance(point, CurvePoint)
+    assert point.ratio_reached == pytest.approx(0.4, abs=0.03)
+    assert set(point.details) >= {"i2t_r1", "t2i_r10"}
 
 
 def test_the_recipe_names_this_task() -> None:
-    assert RECIPES["clip-tiny-retrieval"].task == "retrieval"
+    for name in ("clip-tiny-retrieval", "blip-tiny-retrieval"):
+        assert RECIPES[name].task == RetrievalTask.name
+
+
+def test_the_learned_temperature_is_saved_with_the_model(
+    task: RetrievalTask, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = tiny_blip(tokenizer)
+    attach(model)
+    task.prepare_(model)
+    torch.nn.init.constant_(model.temperature, 0.03)
+    save_pruned(model, tmp_path)
+    again = load_pruned(tmp_path)
+    assert similarity_factor(again).item() == pytest.approx(1 / 0.03)
+    detach(again)
+    assert "temperature" not in again.state_dict()

@@ -1,0 +1,89 @@
+"""The search for token thresholds: how far to raise them so that a given share of FLOPs goes.
+
+All searches of a stage run on the same samples from the same start, which is measured once.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+
+from comp.evaluation import measure_cost
+from comp.handle import PruningHandle
+from comp.modes import Stream
+from comp.tasks.base import Batch, Task
+
+MAX_PROBES = 12
+MAX_THRESHOLD = 64.0
+
+
+class ThresholdSearch:
+    """Measures what a model would cost under other thresholds than it has now.
+
+    Args:
+        handle: The model's handle; masks and thresholds must stay as they are meanwhile.
+        task: Runs the passes.
+        batches: Gives the probe samples, the same every time, on the model's device.
+        mixed: Run in bfloat16 autocast.
+    """
+
+    def __init__(
+        self,
+        handle: PruningHandle,
+        task: Task,
+        batches: Callable[[], Iterable[Batch]],
+        *,
+        mixed: bool = False,
+    ) -> None:
+        self._handle, self._task, self._batches = handle, task, batches
+        self._mixed = mixed
+
+    @cached_property
+    def start(self) -> float:
+        """Mean multiply-adds of the probe samples under the thresholds of now."""
+        return self._macs({})
+
+    def obtainable(self, stream: Stream) -> float:
+        """Multiply-adds that go when a stream keeps its fewest tokens."""
+        return self.start - self._macs({stream: math.inf})
+
+    def raise_by(
+        self, streams: Sequence[Stream], quantum: float, *, coarse: bool = False
+    ) -> tuple[dict[Stream, float], float]:
+        """Searches one increment for the thresholds of some streams by bisection.
+
+        Args:
+            streams: The streams.
+            quantum: Multiply-adds to remove.
+            coarse: Prefer a step that overshoots by far to one that drops nothing.
+
+        Returns:
+            The new thresholds and the measured drop in mean multiply-adds, nearest to
+            [quantum, 1.1 quantum] among the probes; thresholds never fall.
+        """
+        old = {stream: self._handle.thresholds.get(stream, 0.0) for stream in streams}
+        low, high, width = 0.0, math.inf, 0.1
+        best: tuple[float, float, float] | None = None
+        for _ in range(MAX_PROBES):
+            step = (low + high) / 2 if math.isfinite(high) else width
+            drop = self.start - self._macs({stream: theta + step for stream, theta in old.items()})
+            miss = max(quantum - drop, drop - 1.1 * quantum, 0.0)
+            if coarse and drop <= 0:
+                miss = math.inf
+            if best is None or miss < best[0]:
+                best = (miss, step, drop)
+            if miss == 0:
+                break
+            if drop < quantum:
+                low, width = step, 2 * step
+                if not math.isfinite(high) and width > MAX_THRESHOLD:
+                    break
+            else:
+                high = step
+        assert best is not None
+        return {stream: theta + best[1] for stream, theta in old.items()}, best[2]
+
+    def _macs(self, thresholds: Mapping[Stream, float]) -> float:
+        with self._handle.with_thresholds({**self._handle.thresholds, **thresholds}):
+            return measure_cost(
+                self._handle.model, self._task, self._batches(), mixed=self._mixed
+            ).macs
