@@ -56,17 +56,20 @@ def run(
     as_json: bool,
 ) -> None:
     """Run the study of SPEC, a YAML file or a preset; the same command continues it."""
-    from studies.specfile import load_study, load_study_for
+    from studies.specfile import load_studies, load_study_for
 
     with mistakes():
         if address is None:
-            checked = load_study(spec, overrides, root)
+            checked = load_studies(spec, overrides, root)
         else:
-            checked = load_study_for(address, spec, overrides, root)
-    if address is None:
-        conduct(checked, inline=inline, as_json=as_json)
-    else:
-        submit(checked, address, inline=inline, as_json=as_json)
+            checked = [load_study_for(address, spec, overrides, root)]
+    if address is not None:
+        submit(checked[0], address, inline=inline, as_json=as_json)
+        return
+    for number, one in enumerate(checked, 1):
+        if len(checked) > 1:
+            say(f"study {number} of {len(checked)}: {one.name}")
+        conduct(one, inline=inline, as_json=as_json)
 
 
 study.add_command(attach)

@@ -17,7 +17,7 @@ from orchestration.job import DEFAULT_RUNNER, Failure, Job, JobEnd, Record
 from orchestration.store import RunMismatch, write_failure
 from studies.curves import Curve
 from studies.folder import StudyFolder
-from studies.jobs import dense_job, trial_jobs
+from studies.jobs import cell_of, dense_job, trial_jobs
 from studies.objectives import judge
 from studies.spec import StudySpec
 from studies.stage_reports import Report, StageReports
@@ -116,7 +116,7 @@ class Driver:
     runner: str = DEFAULT_RUNNER
     _queue: deque[tuple[_Running, Job]] = field(default_factory=deque, init=False)
     _live: dict[Handle, _Running | None] = field(default_factory=dict, init=False)
-    _dense: CurvePoint | None = field(default=None, init=False)
+    _dense: dict[str, CurvePoint] = field(default_factory=dict, init=False)  # by cell
     _failures: int = field(default=0, init=False)
     _why: str = field(default="", init=False)
 
@@ -130,7 +130,8 @@ class Driver:
         minutes = self.spec.deadline_minutes or float("inf")
         self._deadline = self.clock() + 60 * minutes
         self._study = Study(self.spec)
-        self._submit(None, dense_job(self.spec, self.runner))
+        for cell in self.spec.cells:
+            self._submit(None, dense_job(self.spec, self.runner, cell))
         self._loop()
         if not self._why:
             for trial in self._study.adopt():
@@ -167,7 +168,8 @@ class Driver:
             self._submit(*self._queue.popleft())
 
     def _enqueue(self, trial: OpenTrial) -> None:
-        jobs = trial_jobs(self.spec, trial.number, trial.config, self._dense, self.runner)
+        spec, dense = self.spec.in_cell(trial.cell), self._dense[trial.cell]
+        jobs = trial_jobs(spec, trial.number, trial.config, dense, self.runner)
         trial.note(runs=[job.run_id for job in jobs])
         seeds = [job.seed for job in jobs]
         points: dict[int, list[CurvePoint]] = {seed: [] for seed in seeds}
@@ -194,7 +196,8 @@ class Driver:
 
     def _take_record(self, running: _Running | None, job: Job, record: Record) -> None:
         if running is None:
-            self._dense = record.point or self._dense
+            if record.point is not None:
+                self._dense[cell_of(self.spec, job)] = record.point
             return
         if record.point is not None:
             running.points[job.seed].append(record.point)
@@ -217,19 +220,19 @@ class Driver:
         running.told = "pruned"
         running.trial.prune(reason)
         logger.info("trial %d %s", running.trial.number, reason)
+        for handle in [handle for handle, owner in self._live.items() if owner is running]:
+            write_failure(handle.job.run_dir, Failure("cancelled", reason))  # MLflow: KILLED
         self._cancel(running)
         self._failures = 0
 
     def _end_dense(self, job: Job, body: JobEnd | Failure) -> None:
-        if self._why or (isinstance(body, JobEnd) and self._dense is not None):
+        if self._why or (isinstance(body, JobEnd) and cell_of(self.spec, job) in self._dense):
             return
         reason = body.message if isinstance(body, Failure) else "it ended without a result"
         raise StudyFailed(f"the dense reference {job.run_id} failed: {reason}")
 
     def _end(self, running: _Running, job: Job, body: JobEnd | Failure) -> None:
         if running.told:
-            if running.told == "pruned" and isinstance(body, Failure):
-                self._close_pruned(job)
             return
         if isinstance(body, Failure):
             reason = f"run {job.run_id}: {body.message}"
@@ -245,10 +248,6 @@ class Driver:
                 self._tell(running)
         except ValueError as error:
             self._fail(running, str(error), "algorithm")
-
-    def _close_pruned(self, job: Job) -> None:
-        """Notes in the run's directory, and so in MLflow, that it was stopped on purpose."""
-        write_failure(job.run_dir, Failure("cancelled", "stopped by the study's pruner"))
 
     def _tell(self, running: _Running) -> None:
         curves = {

@@ -13,11 +13,24 @@ DENSE_TRIAL = -1
 SINGLE_RUNS = "single-runs"  # the study, and so the MLflow experiment, of `comp prune`
 
 
-def dense_job(spec: StudySpec, runner: str = DEFAULT_RUNNER) -> Job:
-    """Returns the job that measures the dense model once for all trials of a study."""
-    config = dataclasses.replace(spec.pruning, seed=spec.seeds[0])
-    job = _job(spec, f"{spec.name}-dense", config, study=spec.name, runner=runner)
+def dense_job(spec: StudySpec, runner: str = DEFAULT_RUNNER, cell: str = "") -> Job:
+    """Returns the job that measures a dense model once for all trials of a study.
+
+    Args:
+        spec: The study.
+        runner: See ``Job.runner``.
+        cell: The cell of the study's matrix whose model it is, ``""`` without one.
+    """
+    there = spec.in_cell(cell)
+    config = dataclasses.replace(there.pruning, seed=spec.seeds[0])
+    run_id = f"{spec.name}-dense" + (f"-{cell}" if cell else "")
+    job = _job(there, run_id, config, study=spec.name, runner=runner)
     return dataclasses.replace(job, kind="dense", method="dense", trial=DENSE_TRIAL)
+
+
+def cell_of(spec: StudySpec, job: Job) -> str:
+    """Returns the cell of a study's matrix that a dense job is for, ``""`` without one."""
+    return job.run_id.removeprefix(f"{spec.name}-dense").removeprefix("-")
 
 
 def trial_jobs(

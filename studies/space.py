@@ -25,6 +25,7 @@ from studies.domains import (
     read_config,
 )
 from studies.errors import sentences
+from studies.matrix import CELL
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -42,7 +43,7 @@ def config_of(base: PruningConfig, values: Mapping[str, Any]) -> PruningConfig:
     Raises:
         ValueError: If the result is no valid config.
     """
-    own = {key: value for key, value in values.items() if key not in DERIVED_KEYS}
+    own = {k: value for k, value in values.items() if k not in (*DERIVED_KEYS, CELL)}
     typed = read_config(own)
     config = dataclasses.replace(base, **{key: getattr(typed, key) for key in own})
     if TARGET_RATIO in values:
@@ -139,6 +140,8 @@ def starting_point(base: PruningConfig, space: Space) -> dict[str, Any]:
 def base_value(base: PruningConfig, key: str) -> Any:
     """Returns what a config has for a key of the space, also where it says so indirectly."""
     match key:
+        case "cell":
+            return None  # so the first one
         case "target_ratio":
             return base.ratios[-1]
         case "step_budget":

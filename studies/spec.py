@@ -17,6 +17,7 @@ from orchestration.job import FineTune, check_name
 from orchestration.storage import absolute
 from studies.domains import CONFIG_KEYS, DERIVED_KEYS, Config, Domain, Number, Section, check_keys
 from studies.goals import Constraint, Objectives
+from studies.matrix import CELL, Matrix, as_dimension
 from studies.search import CmaesSampler, GridSampler, Pruner, Sampler, TpeSampler, check_pruner
 from studies.space import check_labels, check_space, grid_of
 
@@ -124,6 +125,7 @@ class StudySpec(RunSpec):
     """Many runs whose configs Optuna chooses: ``comp study run SPEC.yaml``.
 
     Attributes:
+        matrix: Several models for Optuna to choose from; ``studies: each`` is expanded before.
         space: A domain for every config key that is searched. A key that also stands in
             ``pruning`` has its starting value there: trial 0 is the config of ``pruning``, the
             paper's values where that is silent, moved into the domain where they are outside.
@@ -146,6 +148,7 @@ class StudySpec(RunSpec):
 
     kind: Literal["study"]
     fine_tune: FineTune = "fork"
+    matrix: Matrix | None = None
     space: dict[str, Domain]
     objective: Objectives
     constraints: tuple[Constraint, ...] = ()
@@ -170,7 +173,7 @@ class StudySpec(RunSpec):
                     + ("seeds" if key == "seed" else f"pruning.{key}")
                 )
         if isinstance(space, dict):
-            check_keys(space, [*CONFIG_KEYS, *DERIVED_KEYS])
+            check_keys(space, [*CONFIG_KEYS, *DERIVED_KEYS, *([CELL] if CELL in space else [])])
         return space
 
     @field_validator("pruning")
@@ -203,6 +206,11 @@ class StudySpec(RunSpec):
 
     @model_validator(mode="before")
     @classmethod
+    def _search_cells(cls, values: Any) -> Any:
+        return as_dimension(values) if isinstance(values, dict) else values
+
+    @model_validator(mode="before")
+    @classmethod
     def _count_grid(cls, values: Any) -> Any:
         """Lets a grid have as many trials as it takes, unless the spec says how many."""
         sampler = values.get("sampler") if isinstance(values, dict) else None
@@ -219,7 +227,10 @@ class StudySpec(RunSpec):
     def _check_together(self) -> Self:
         ends = [measure.span[1] for measure in self.objective]
         ends += [bound.measure.span[1] for bound in self.constraints]
-        check_space(self.pruning, self.space, max(ends))
+        if CELL in self.space and self.matrix is None:
+            raise ValueError(f"space.{CELL} needs a matrix beside it, whose cells it chooses from")
+        for cell in self.cells:
+            check_space(self.in_cell(cell).pruning, self.space, max(ends))
         check_pruner(self.pruner, len(self.objective), len(self.seeds))
         if isinstance(self.sampler, CmaesSampler) and len(self.objective) > 1:
             raise ValueError(
@@ -239,6 +250,19 @@ class StudySpec(RunSpec):
             if isinstance(self.sampler, GridSampler) and set(found) != set(grid_of(self.space)):
                 raise ValueError(f"enqueue.{number} must name every key of the space for a grid")
         return self
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The names of the matrix's cells; one without a name where there is no matrix."""
+        return tuple(self.matrix.cells) if self.matrix else ("",)
+
+    def in_cell(self, name: str) -> "StudySpec":
+        """Returns this spec with the model, task, data and config of a cell."""
+        if self.matrix is None:
+            return self
+        cell = self.matrix.cells[name]
+        own = {"model": cell.model, "task": cell.task, "data": cell.data}
+        return self.model_copy(update={**own, "pruning": cell.config(self.pruning)})
 
 
 def _grid_size(space: dict[str, Domain]) -> int:

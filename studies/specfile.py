@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from comp.config import nearest
 from orchestration.storage import absolute, is_remote, join
 from studies.errors import SpecError, sentences
+from studies.matrix import expand
 from studies.presets import preset_names, preset_path
 from studies.spec import PruneSpec, RunSpec, Spec, StudySpec
 from studies.yaml_text import read_yaml, write_yaml
@@ -30,9 +31,33 @@ def read_spec(source: str | Path, overrides: Sequence[str] = ()) -> PruneSpec | 
         SpecError: If anything in it is wrong; the text has a line for every mistake.
         FileNotFoundError: If there is no such file and no such preset.
     """
+    specs = read_specs(source, overrides)
+    if len(specs) > 1:
+        names = ", ".join(spec.name for spec in specs)
+        raise SpecError(
+            f"{source} is a matrix of {len(specs)} studies ({names}); 'comp study run' takes "
+            "it, this command takes one study"
+        )
+    return specs[0]
+
+
+def read_specs(source: str | Path, overrides: Sequence[str] = ()) -> list[PruneSpec | StudySpec]:
+    """Reads a spec like ``read_spec``; a matrix of studies gives one spec a cell and seed.
+
+    Raises:
+        SpecError: If anything in it is wrong.
+        FileNotFoundError: If there is no such file and no such preset.
+    """
     path = find_spec(source)
     values = read_yaml(path.read_text(encoding="utf-8"), where=str(path))
-    return spec_of(override(values, overrides), where=str(source))
+    values = override(values, overrides)
+    if not isinstance(values, Mapping):
+        return [spec_of(values, where=str(source))]
+    try:
+        cells = expand(values)
+    except ValueError as error:
+        raise SpecError(f"{source}: {error}") from None
+    return [spec_of(cell, where=str(source)) for cell in cells]
 
 
 def find_spec(source: str | Path) -> Path:
@@ -184,6 +209,19 @@ def load_study(source: str, overrides: Sequence[str], root: str | None = None) -
     return _checked_study(read_spec(source, [*overrides, *_root(root)]), source)
 
 
+def load_studies(
+    source: str, overrides: Sequence[str], root: str | None = None
+) -> list[StudySpec]:
+    """Reads the specs of a matrix of studies, or the one of a single study; like ``load_study``.
+
+    Raises:
+        SpecError: If anything is wrong.
+        FileNotFoundError: If there is no such file and no such preset.
+    """
+    specs = read_specs(source, [*overrides, *_root(root)])
+    return [_checked_study(spec, source) for spec in specs]
+
+
 def load_study_for(
     address: str, source: str, overrides: Sequence[str], root: str | None = None
 ) -> StudySpec:
@@ -235,8 +273,20 @@ def _checked_study(spec: RunSpec, where: str) -> StudySpec:
     if not isinstance(spec, StudySpec):
         command = f"comp prune {where}"
         raise SpecError(f"{where} is of kind 'prune'; run it with {command!r}")
-    check_places(spec)
-    return resolve_places(spec)
+    for cell in spec.cells:
+        check_places(spec.in_cell(cell))
+    return resolve_cells(resolve_places(spec))
+
+
+def resolve_cells(spec: StudySpec) -> StudySpec:
+    """Makes the paths in a study's matrix absolute."""
+    if spec.matrix is None:
+        return spec
+    cells = {}
+    for name, cell in spec.matrix.cells.items():
+        there = resolve_places(spec.in_cell(name))
+        cells[name] = cell.model_copy(update={"model": there.model, "data": there.data})
+    return spec.model_copy(update={"matrix": spec.matrix.model_copy(update={"cells": cells})})
 
 
 def load_prune(source: str, overrides: Sequence[str], root: str | None = None) -> PruneSpec:

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from comp.config import PruningConfig
 from studies.errors import SpecError
 from studies.folder import StudyFolder, check_same
+from studies.matrix import CELL
 from studies.requests import Requests
 from studies.samplers import AskedGrid, build_pruner, build_sampler
 from studies.space import starting_point, suggest
@@ -38,11 +39,13 @@ class OpenTrial:
     Attributes:
         number: Optuna's number.
         config: What it tries.
+        cell: The cell of the study's matrix, ``""`` without one.
         reported: Steps that already have an intermediate value.
     """
 
     number: int
     config: PruningConfig
+    cell: str
     reported: set[int]
     _trial: Trial = field(repr=False)
 
@@ -186,7 +189,8 @@ class Study:
 
     def _open(self, trial: Trial, reported: set[int]) -> OpenTrial | None:
         try:
-            config = suggest(trial, self.spec.pruning, self.spec.space)
+            cell = self._choose_cell(trial)
+            config = suggest(trial, self.spec.in_cell(cell).pruning, self.spec.space)
         except ValueError as error:
             trial.set_user_attr("reason", f"its settings do not fit together: {error}")
             self._study.tell(trial, state=TrialState.FAIL)
@@ -194,7 +198,13 @@ class Study:
             return None
         trial.set_user_attr("config", json.dumps(config.to_dict()))
         self._make_durable()
-        return OpenTrial(trial.number, config, reported, trial)
+        return OpenTrial(trial.number, config, cell, reported, trial)
+
+    def _choose_cell(self, trial: Trial) -> str:
+        """Asks for the cell first, because the other keys start from its config."""
+        if self.spec.matrix is None:
+            return ""
+        return str(trial.suggest_categorical(CELL, list(self.spec.cells)))
 
     def _make_durable(self) -> None:
         """Keeps a power cut from forgetting a trial whose jobs have written files."""

@@ -346,7 +346,7 @@ def test_a_trial_below_the_median_is_stopped_and_keeps_its_results(tmp_path: Pat
     assert trial.values == ()
     left = read_run(tmp_path / "runs" / "s-0001")
     assert left.outcome == "failed"
-    assert left.failure == Failure("cancelled", "stopped by the study's pruner")
+    assert left.failure == Failure("cancelled", trial.reason)
     assert [type(record.body).__name__ for record in left.records] == ["CurvePoint", "StageRecord"]
 
 

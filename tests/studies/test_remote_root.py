@@ -67,7 +67,7 @@ def test_the_journal_in_an_object_store_is_read_back(store: ObjectStore, tmp_pat
     first, second = study.ask(), study.ask()
     assert first is not None
     assert second is not None
-    first.complete(3.5)
+    first.complete([3.5], {})
     again = summarize(StudyFolder.of(spec))
     assert [trial.value for trial in again.trials] == [3.5, None]
     adopted = list(Study(spec).adopt())
