@@ -227,6 +227,11 @@ class StudySpec(RunSpec):
     def _check_together(self) -> Self:
         ends = [measure.span[1] for measure in self.objective]
         ends += [bound.measure.span[1] for bound in self.constraints]
+        if self.storage == self.tracking.uri:
+            raise ValueError(
+                "storage and tracking.uri must be two databases, because Optuna and MLflow both "
+                f"keep their version in a table alembic_version, but both are {self.storage}"
+            )
         if CELL in self.space and self.matrix is None:
             raise ValueError(f"space.{CELL} needs a matrix beside it, whose cells it chooses from")
         for cell in self.cells:

@@ -4,10 +4,12 @@ A place that cannot be reached is a sentence within seconds, not a wait.
 """
 
 import contextlib
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 from urllib.parse import urlsplit
 
 import optuna
@@ -23,6 +25,7 @@ from studies.spec import StudySpec
 
 JOURNAL = "optuna.journal"
 CONNECT_SECONDS = 5
+TRIES = 3
 DEFAULT_PROXY_PORT = 13000
 
 
@@ -78,9 +81,7 @@ def open_url(url: str) -> BaseStorage:
     options = {"connect_args": {"connect_timeout": CONNECT_SECONDS}} if is_server else {}
     with explaining(url):
         try:
-            database = optuna.storages.RDBStorage(
-                url, engine_kwargs={**options, "pool_pre_ping": is_server}
-            )
+            database = _open_database(url, {**options, "pool_pre_ping": is_server})
         except ImportError as error:
             package = "psycopg2-binary" if scheme.endswith("psycopg2") else "'psycopg[binary]'"
             raise SpecError(
@@ -88,6 +89,16 @@ def open_url(url: str) -> BaseStorage:
                 f"pip install {package}, or leave storage out for a journal file"
             ) from None
         return optuna.storages.get_storage(database)
+
+
+def _open_database(url: str, engine: dict[str, Any]) -> optuna.storages.RDBStorage:
+    """Opens a database; of several drivers that find it empty, one makes Optuna's tables."""
+    for _ in range(TRIES):
+        try:
+            return optuna.storages.RDBStorage(url, engine_kwargs=engine)
+        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
+            time.sleep(1)  # another one is making them now
+    return optuna.storages.RDBStorage(url, engine_kwargs=engine)
 
 
 def _open_proxy(url: str) -> BaseStorage:

@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,8 @@ def find_programs() -> Path | None:
 
 
 @contextlib.contextmanager
-def serving_postgres() -> Iterator[str]:
-    """Starts a server and gives the URL of its database ``postgres``.
+def serving_postgres() -> Iterator[Callable[[str], str]]:
+    """Starts a server, and gives what makes a database there and returns its URL.
 
     It listens on no port. As root, which the server refuses, it runs as the user ``postgres``.
     """
@@ -51,6 +52,15 @@ def serving_postgres() -> Iterator[str]:
         options = f"-k {place} -c listen_addresses='' -c fsync=off"
         call(programs / "pg_ctl", "-D", data, "-l", log, "-w", "-o", options, "start")
         try:
-            yield f"postgresql+psycopg://{user}@/postgres?host={place}"
+            yield partial(_make_database, user, place)
         finally:
             call(programs / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop")
+
+
+def _make_database(user: str, socket: Path, name: str) -> str:
+    import psycopg
+    from psycopg import sql
+
+    with psycopg.connect(host=str(socket), user=user, dbname="postgres", autocommit=True) as link:
+        link.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    return f"postgresql://{user}@/{name}?host={socket}"

@@ -1,6 +1,6 @@
 """Two studies at once with Optuna's and MLflow's storage in a real PostgreSQL."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,9 +20,14 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with serving_postgres() as url:
-        yield url
+def make_database() -> Iterator[Callable[[str], str]]:
+    with serving_postgres() as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def url(make_database: Callable[[str], str]) -> str:
+    return make_database("optuna")
 
 
 def spec_in(url: str, root: Path, name: str, *changes: str) -> StudySpec:
@@ -30,12 +35,13 @@ def spec_in(url: str, root: Path, name: str, *changes: str) -> StudySpec:
 
 
 def test_two_studies_at_once_share_a_server_for_optuna_and_mlflow(
-    url: str, tmp_path: Path
+    make_database: Callable[[str], str], tmp_path: Path
 ) -> None:
     import mlflow
 
+    url, tracking = make_database("empty"), make_database("mlflow")
     specs = [
-        spec_in(url, tmp_path / name, name, f"tracking.uri={url}", "n_trials=8")
+        spec_in(url, tmp_path / name, name, f"tracking.uri={tracking}", "n_trials=8")
         for name in ("one", "two")
     ]
 
@@ -46,7 +52,7 @@ def test_two_studies_at_once_share_a_server_for_optuna_and_mlflow(
     with ThreadPoolExecutor() as pool:
         outcomes = list(pool.map(run, specs))
     assert outcomes == [Outcome("finished", {"complete": 8})] * 2
-    client = mlflow.MlflowClient(tracking_uri=url)
+    client = mlflow.MlflowClient(tracking_uri=tracking)
     for spec in specs:
         summary = summarize(StudyFolder.of(spec))
         assert [trial.number for trial in summary.trials] == list(range(8))

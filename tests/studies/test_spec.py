@@ -9,7 +9,7 @@ from tests.studies.synthetic import STUDY
 
 
 def study(*overrides: str) -> StudySpec:
-    spec = spec_of(override(STUDY, overrides))
+    spec = spec_of(override({**STUDY, "tracking": {"uri": "sqlite:///a.db"}}, overrides))
     assert isinstance(spec, StudySpec)
     return spec
 
@@ -27,6 +27,7 @@ def study(*overrides: str) -> StudySpec:
         ("objective={area: [0.8, 0.5]}", "area must be two ascending ratios, but got [0.8, 0.5]"),
         ("objective={test_at: 0.8}", "the test split is never the objective"),
         ("objective={val_at: 0.9}", "up to ratio 0.9, but a trial may end at 0.8"),
+        ("storage=sqlite:///a.db", "must be two databases, because Optuna and MLflow both keep"),
         ("objective={val_at: fin}", "val_at must be a ratio or 'end', but got 'fin'"),
         ("objective={val_up: 0.8}", "but got 'val_up'; did you mean 'val_at'?"),
         ("objective=[{val_at: 0.8}, {val_at: 0.8}]", "must not name a measure twice"),
