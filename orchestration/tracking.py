@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from orchestration.forks import ratio_name
 from orchestration.storage import Storage, StorageError
 from orchestration.store import Run, read_run
 from orchestration.tracked import (
@@ -234,7 +235,7 @@ class MlflowTracker:
             if database is not None:
                 artifacts = (database.parent / "mlflow-artifacts").absolute().as_uri()
                 _make_tables(database)
-            client = MlflowClient(tracking_uri=self._uri)
+            client = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
             found = client.get_experiment_by_name(self._experiment)
             if found is None:
                 tags = {"comp.study": self._experiment}
@@ -274,6 +275,9 @@ class MlflowTracker:
                 )
                 run_id = made.info.run_id
         client.update_run(run_id, status="RUNNING")
+        from orchestration.tracking_entities import data_set
+
+        client.log_inputs(run_id, [data_set(run.job.data)])
         params = [Param(name, str(value)) for name, value in params_of(run).items()]
         tags = [RunTag(name, value) for name, value in tags_of(run).items()]
         client.log_batch(run_id, params=params, tags=tags)
@@ -287,9 +291,8 @@ class MlflowTracker:
                     client.log_artifact(sent.run_id, str(directory / name))
             if (directory / PLOTS).is_dir():
                 client.log_artifacts(sent.run_id, str(directory / PLOTS), PLOTS)
-            models = directory / "model"
-            if self._send_models and models.is_dir() and not self._has_models(client, sent):
-                client.log_artifacts(sent.run_id, str(models), "model")
+            if self._send_models and not sent.models:
+                self._log_models(client, run, sent.run_id, directory / "model")
             sent.models = True
         status = "FINISHED"
         if run.failure is not None:
@@ -299,9 +302,40 @@ class MlflowTracker:
         client.set_terminated(sent.run_id, status, end_time=int(end * 1000))
         sent.open = False
 
-    @staticmethod
-    def _has_models(client: "MlflowClient", sent: _Sent) -> bool:
-        return sent.models or bool(client.list_artifacts(sent.run_id, "model"))
+    def _log_models(self, client: "MlflowClient", run: Run, run_id: str, models: Path) -> None:
+        from orchestration.tracking_entities import Place, log_model
+
+        place = Place(self._experiment_id, run_id)
+        for point in run.points:
+            directory = models / ratio_name(point.ratio_asked)
+            if directory.is_dir():
+                log_model(client, place, directory, point, tags=tags_of(run))
+
+    def register(self, location: str, ratio: float, name: str) -> str:
+        """Registers the model that a finished run has at an asked ratio.
+
+        Args:
+            location: The run directory.
+            ratio: The asked ratio.
+            name: The registered model; made if it is missing.
+
+        Returns:
+            The version. It is the old one if this model has one under the name.
+
+        Raises:
+            TrackingError: If MLflow does not take it.
+            FileNotFoundError: If the run has saved no model at the ratio.
+        """
+        self.sync(location)
+        run = read_run(location)
+        with self._sending, self._explained():
+            from orchestration.tracking_entities import Place, log_model, register
+
+            client, place = self._connect(), Place(self._experiment_id, self._sent[run.uid].run_id)
+            point = next(p for p in run.points if round(1000 * (p.ratio_asked - ratio)) == 0)
+            with Storage(location).tree(f"model/{ratio_name(ratio)}") as directory:
+                model = log_model(client, place, directory, point, tags=tags_of(run))
+            return register(client, model, name, place.run_id)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -171,7 +171,13 @@ def _experiment_ids(client: "MlflowClient", place: str, names: Sequence[str]) ->
 def _search(client: "MlflowClient", ids: list[str], query: str) -> Iterator["Run"]:
     token = None
     while True:
-        page = client.search_runs(ids, query, max_results=_PAGE, page_token=token)
+        page = client.search_runs(
+            ids,
+            query,
+            max_results=_PAGE,
+            order_by=["attributes.start_time ASC"],
+            page_token=token,
+        )
         yield from page
         token = page.token
         if not token:

@@ -154,7 +154,7 @@ def add_scores(job: Job, spec: RunSpec) -> None:
     curve = curve_of(read_run(job.run_dir))
     if curve is None:
         return
-    scores = {"curve_area": area(curve, curve.ratios[0], curve.ratios[-1])}
+    scores = {"curve_auc": area(curve, curve.ratios[0], curve.ratios[-1])}
     if isinstance(spec, StudySpec):
         with contextlib.suppress(ValueError):  # the trial fails and says so
             scores["objective"] = measure_curve(spec.objective[0], curve)

@@ -110,7 +110,7 @@ def test_a_store_is_made_without_a_word_even_after_a_kill_while_it_was_made(
 def test_a_finished_run_is_mirrored_whole(tmp_path: Path, store: str, experiment: str) -> None:
     job = finished(make_job(tmp_path))
     Storage(job.run_dir).write("plots/curve.png", b"png")
-    Storage(job.run_dir).write("scores.json", b'{"curve_area": 0.7}')
+    Storage(job.run_dir).write("scores.json", b'{"curve_auc": 0.7}')
     MlflowTracker(store, experiment).sync(job.run_dir)
 
     run = only_run(store, experiment)
@@ -120,14 +120,31 @@ def test_a_finished_run_is_mirrored_whole(tmp_path: Path, store: str, experiment
     assert history(store, run, "val") == [(round(p.ratio_asked * 1000), p.val) for p in points]
     assert len(history(store, run, "stage/val")) == 4
     assert run.data.metrics["test_at_500"] == points[-1].test
-    assert run.data.metrics["curve_area"] == 0.7
+    assert run.data.metrics["curve_auc"] == 0.7
     assert run.data.params["method"] == "comp"
     assert run.data.params["num_stages"] == "4"
     tags = {"comp.study": "s", "comp.trial": "0", "comp.task": "vqa", "comp.seed": "0"}
     assert tags.items() <= run.data.tags.items()
     assert "comp.env.torch" in run.data.tags
     artifacts = {a.path for a in MlflowClient(store).list_artifacts(run.info.run_id)}
-    assert {"spec.yaml", "report.json", "curve.parquet", "plots", "model"} <= artifacts
+    assert {"spec.yaml", "report.json", "curve.parquet", "plots"} <= artifacts
+
+
+def test_data_set_and_models_are_of_mlflows_own_types(
+    tmp_path: Path, store: str, experiment: str
+) -> None:
+    job = finished(make_job(tmp_path, data="/data/vqa"))
+    for _ in range(2):  # sent twice, there once
+        MlflowTracker(store, experiment).sync(job.run_dir)
+    client = MlflowClient(store)
+    run = only_run(store, experiment)
+    (data,) = run.inputs.dataset_inputs
+    assert (data.dataset.name, "/data/vqa" in data.dataset.source) == ("vqa", True)
+    found = client.search_logged_models([run.info.experiment_id], "metrics.`model/val` > 0")
+    assert {model.name for model in found} == {"ratio-250", "ratio-500"}
+    assert {str(model.status) for model in found} == {"READY"}
+    assert {model.source_run_id for model in found} == {run.info.run_id}
+    assert {output.model_id for output in run.outputs.model_outputs} == {m.model_id for m in found}
 
 
 def test_sending_twice_changes_nothing(tmp_path: Path, store: str, experiment: str) -> None:

@@ -65,7 +65,7 @@ def test_finished_runs_have_scores_and_a_plot(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "s-0000"
     scores = json.loads((run / "scores.json").read_text())
     assert scores["objective"] == pytest.approx(read_run(run).points[-1].val)
-    assert scores["objective"] < scores["curve_area"] < 80
+    assert scores["objective"] < scores["curve_auc"] < 80
     assert (run / "plots" / "curve.png").stat().st_size > 10_000
 
 
