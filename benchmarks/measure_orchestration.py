@@ -42,6 +42,7 @@ CPUS = 0.05
 NUM_TRIALS, NUM_TUNE_TRIALS, RECORDS = 2000, 200, 5
 # In memory where that is possible: a disk that is asked to sync twelve times a trial would be all
 # that is measured, and Ray Tune, which never asks, would be compared with it.
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves workers beside other work
 PLACE = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 MACHINE = (
     f"{os.cpu_count()} cores shared with other work, files in {PLACE or 'the temporary directory'}"

@@ -247,8 +247,7 @@ class PruningConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values; ``from_dict`` is the inverse."""
-        values = dataclasses.asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -437,6 +437,11 @@ def total_gpus() -> float:
     return float(_ray.cluster_resources().get("GPU", 0.0))
 
 
+def total_cpus() -> float:
+    """Returns the CPU cores of the cluster that this process is connected to."""
+    return float(_ray.cluster_resources().get("CPU", 0.0))
+
+
 def check_fits(resources: Resources) -> None:
     """Refuses slots that no node of the cluster could ever hold.
 

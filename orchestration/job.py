@@ -151,7 +151,7 @@ class Job:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values; ``from_dict`` is the inverse."""
-        return dataclasses.asdict(self)
+        return vars(self) | {"config": dict(self.config)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -22,7 +22,14 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from orchestration import worker
-from orchestration.cluster import ClusterError, HeadWatch, check_fits, describe_room, hold_study
+from orchestration.cluster import (
+    ClusterError,
+    HeadWatch,
+    check_fits,
+    describe_room,
+    hold_study,
+    total_cpus,
+)
 from orchestration.executor import (
     Event,
     Family,
@@ -39,6 +46,8 @@ from orchestration.store import write_failure
 
 _log = logging.getLogger(__name__)
 
+START_SECONDS = 5.0  # after which an actor that is not up waits for room rather than for a core
+TOP_UP_PAUSE = 0.05  # seconds between two looks at whether more actors may start
 RESTART_PAUSE = 1.0  # seconds before another actor is started after one that did not come up
 
 
@@ -224,10 +233,9 @@ class RayExecutor:
         self._dispatch()
         waiting = [*self._busy, *self._starting]
         if waiting:
-            timeout = 0.0 if self._outbox else timeout
-            ready, _ = ray.wait(waiting, num_returns=1, timeout=timeout)
-            if ready and len(waiting) > 1:
-                ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+            ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+            if not ready and not self._outbox:
+                ready, _ = ray.wait(waiting, num_returns=1, timeout=timeout)
             for reference in ready:
                 if reference in self._starting:
                     self._join(reference)
@@ -241,12 +249,28 @@ class RayExecutor:
 
     def _top_up(self) -> None:
         """Starts as many actors as there are jobs to run, up to the number of slots."""
-        if time.monotonic() < self._next_start:
-            return
         num_actors = len(self._starting) + len(self._idle) + len(self._busy)
-        for _ in range(num_actors, min(self._num_slots, self._num_active)):
+        wanted = min(self._num_slots, self._num_active) - num_actors
+        if wanted <= 0 or time.monotonic() < self._next_start:
+            return
+        self._next_start = time.monotonic() + TOP_UP_PAUSE
+        for _ in range(min(wanted, self._starts_at_once())):
             slot = _Slot(self._actor_class.remote(), time.monotonic())
             self._starting[slot.actor.where.remote()] = slot
+
+    def _starts_at_once(self) -> int:
+        """Returns how many actors may start now, so that they come up one by one and not all late.
+
+        A process that starts keeps a core busy for most of a second. More of them at once than
+        there are cores all come up together at the end, and their jobs wait for so long.
+        """
+        cores = total_cpus()
+        now = time.monotonic()
+        young = sum(
+            slot.place is None and now - slot.since < START_SECONDS
+            for slot in self._starting.values()
+        )
+        return max(2, round(cores)) - young if cores else self._num_slots
 
     def _join(self, reference: Any) -> None:
         """Makes an actor that has started, or finished a cancelled job, available."""

@@ -152,7 +152,8 @@ class RunDirectory:
         if save is not None:
             self.storage.write_tree(f"state/{record.index:05d}", save)
         self.check_still_owned()
-        self._write_json(f"records/{record.index:05d}.json", record.to_dict())
+        # In one line: json indents in Python, eight times as slowly.
+        self._write_json(f"records/{record.index:05d}.json", record.to_dict(), indent=None)
         self.records.append(record)
         for name in self.storage.names("state")[:-STATES_KEPT] if save is not None else ():
             self.storage.remove(f"state/{name}")
@@ -208,8 +209,11 @@ class RunDirectory:
                 f"{owner.get('host')}; this worker stops"
             )
 
-    def _write_json(self, name: str, values: Mapping[str, Any], *, durable: bool = True) -> None:
-        self.storage.write(name, (json.dumps(values, indent=1) + "\n").encode(), durable=durable)
+    def _write_json(
+        self, name: str, values: Mapping[str, Any], *, durable: bool = True, indent: int | None = 1
+    ) -> None:
+        text = json.dumps(values, indent=indent) + "\n"
+        self.storage.write(name, text.encode(), durable=durable)
 
 
 def write_failure(location: str, failure: Failure) -> None:

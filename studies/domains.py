@@ -58,6 +58,7 @@ DERIVED_KEYS = (TARGET_RATIO, PRUNE_SHARE, STEP_BUDGET)
 CONFIG_FIELDS = dataclasses.fields(PruningConfig)
 CONFIG_KEYS = [field.name for field in CONFIG_FIELDS if field.name != "version"]
 _CONFIG_MODEL = _config_model()
+_CONFIG_HINTS = typing.get_type_hints(PruningConfig)
 
 
 def read_config(values: Any) -> PruningConfig:
@@ -82,7 +83,7 @@ def read_config(values: Any) -> PruningConfig:
 
 def _refuse_booleans(values: dict[str, Any]) -> None:
     """Pydantic would take ``true`` for 1 where a number is asked for."""
-    hints = typing.get_type_hints(PruningConfig)
+    hints = _CONFIG_HINTS
     for key, value in values.items():
         takes = typing.get_args(hints[key]) if _is_union(hints[key]) else (hints[key],)
         if isinstance(value, bool) and bool not in takes:
