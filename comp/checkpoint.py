@@ -79,11 +79,13 @@ def _unique_tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, to
     return tensors
 
 
-def load_pruned(directory: str | Path) -> nn.Module:
+def load_pruned(directory: str | Path, *, shared: bool = False) -> nn.Module:
     """Rebuilds a saved model, dense or pruned, in eval mode on the CPU.
 
     Args:
         directory: What ``save_pruned`` or ``save_pretrained`` wrote.
+        shared: Use the pages of the mapped file where it holds the weights as they are, of which
+            a machine keeps one copy for all processes. Who changes them gets pages of their own.
 
     Returns:
         The model, attached if it is pruned.
@@ -112,7 +114,8 @@ def load_pruned(directory: str | Path) -> nn.Module:
         )
     model_class = classes[names[0]]
     if not plan_path.is_file():
-        return load_dense(model_class, directory).eval()
+        dense = load_dense(model_class, directory).eval()
+        return _share_(dense, directory) if shared else dense
     model: nn.Module = model_class(model_class.config_class.from_pretrained(directory))
     plan = json.loads(plan_path.read_text())
     switches = Method(
@@ -133,7 +136,7 @@ def load_pruned(directory: str | Path) -> nn.Module:
     handle.thresholds = {Stream(k): v for k, v in plan["thresholds"].items()}
     handle.static_tokens = _fitting_counts(handle, plan.get("static_tokens"), plan_path)
     _load_strictly(model, directory / WEIGHTS)
-    return model.eval()
+    return _share_(model.eval(), directory) if shared else model.eval()
 
 
 def _fitting_counts(
@@ -166,6 +169,22 @@ def _load_strictly(model: nn.Module, path: Path) -> None:
             f"other shape {wrong[:5]}"
         )
     model.load_state_dict(state, strict=False)
+
+
+def _share_(model: nn.Module, directory: Path) -> nn.Module:
+    """Puts the pages of the weight files in the place of equal tensors."""
+    own = model.state_dict(keep_vars=True)
+    for path in directory.glob("*.safetensors"):
+        for name, stored in load_file(path).items():
+            tensor = own.get(name)
+            if tensor is not None and _is_same(tensor, stored):
+                tensor.data = stored
+    return model
+
+
+def _is_same(tensor: torch.Tensor, stored: torch.Tensor) -> bool:
+    alike = tensor.dtype == stored.dtype and tensor.shape == stored.shape
+    return alike and torch.equal(tensor, stored)
 
 
 def _float32(tensor: torch.Tensor) -> torch.Tensor:

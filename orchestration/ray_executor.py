@@ -7,15 +7,11 @@ by index and cuts it off without an error where they differ.
 
 import contextlib
 import logging
-import os
-import signal
-import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from types import FrameType
 from typing import Any, Self
 
 import ray
@@ -40,56 +36,17 @@ from orchestration.executor import (
     check_not_under_way,
 )
 from orchestration.job import Failure, FailureKind, Fork, Job, Notice, Suspended
+from orchestration.ray_actor import Place, PrunerActor, Retire
 from orchestration.retry import RULES, Retries, Rule, describe_kill, spoils_process
 from orchestration.storage import StorageError
 from orchestration.store import write_failure
 
 _log = logging.getLogger(__name__)
 
+MAX_GROWTH_MIB = 2048
 START_SECONDS = 5.0  # after which an actor that is not up waits for room rather than for a core
 TOP_UP_PAUSE = 0.05  # seconds between two looks at whether more actors may start
 RESTART_PAUSE = 1.0  # seconds before another actor is started after one that did not come up
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an actor lives.
-
-    Attributes:
-        host: Host name.
-        pid: Process id on that host.
-    """
-
-    host: str
-    pid: int
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
-
-
-class PrunerActor:
-    """One slot of the pool: a process that keeps its models loaded between jobs."""
-
-    def __init__(self) -> None:
-        self._preempted = False
-        signal.signal(signal.SIGTERM, self._on_sigterm)
-
-    def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
-        """Lets the current stage become durable; there usually are 30 seconds left."""
-        self._preempted = True
-
-    def where(self) -> Place:
-        """Returns where this actor lives, once it has nothing else to do."""
-        return Place(socket.gethostname(), os.getpid())
-
-    def run(self, job: Job) -> Iterator[worker.Item]:
-        """Yields the job's stream; see ``worker.run``."""
-        yield from worker.run(job, stop=self._stop)
-
-    def _stop(self) -> FailureKind | None:
-        if self._preempted:
-            return "preempted"
-        return "cancelled" if ray.get_runtime_context().is_canceled() else None
 
 
 @dataclass(eq=False)
@@ -103,6 +60,7 @@ class _Slot:
         handle: The job it runs.
         warm_for: Model, task and data of its last job.
         num_jobs: Jobs it has taken.
+        retires: Whether it has grown too large to take another.
     """
 
     actor: Any
@@ -111,6 +69,7 @@ class _Slot:
     handle: Handle | None = None
     warm_for: tuple[str, str, str | None] | None = None
     num_jobs: int = 0
+    retires: bool = False
 
 
 class RayExecutor:
@@ -124,6 +83,7 @@ class RayExecutor:
         rules: Mapping[FailureKind, Rule] = RULES,
         stage_timeout: float | None = None,
         recycle_after: int | None = None,
+        max_growth_mib: int | None = MAX_GROWTH_MIB,
         start_timeout: float = 60.0,
         cancel_grace: float = 10.0,
     ) -> None:
@@ -136,6 +96,8 @@ class RayExecutor:
             stage_timeout: Longest time between two records of a job in seconds, loading and
                 fine-tuning included; a worker that is silent for longer counts as lost.
             recycle_after: Jobs after which an actor is replaced; ``None`` for never.
+            max_growth_mib: Host memory that an actor may keep beyond what it kept after its first
+                job of the same model, before it is replaced; ``None`` for any amount.
             start_timeout: Seconds to wait for room on the cluster while nothing else runs.
             cancel_grace: Seconds that a cancelled job's worker has to finish its stage before it
                 is replaced.
@@ -151,6 +113,7 @@ class RayExecutor:
         self._rules = rules
         self._stage_timeout = stage_timeout
         self._recycle_after = recycle_after
+        self._max_growth_mib = max_growth_mib
         self._start_timeout = start_timeout
         self._cancel_grace = cancel_grace
         self._pending: deque[Handle] = deque()
@@ -255,7 +218,7 @@ class RayExecutor:
             return
         self._next_start = time.monotonic() + TOP_UP_PAUSE
         for _ in range(min(wanted, self._starts_at_once())):
-            slot = _Slot(self._actor_class.remote(), time.monotonic())
+            slot = _Slot(self._actor_class.remote(self._max_growth_mib), time.monotonic())
             self._starting[slot.actor.where.remote()] = slot
 
     def _starts_at_once(self) -> int:
@@ -325,12 +288,15 @@ class RayExecutor:
         assert slot.handle is not None
         slot.since = self._last_progress = time.monotonic()
         try:
-            item: worker.Item = ray.get(next(stream))
+            item: worker.Item | Retire = ray.get(next(stream))
             if isinstance(item, Failure) and item.kind == "preempted":
                 self._lose(stream, "its machine is being taken away", "preempted")
                 return
             if isinstance(item, Failure) and item.kind == "memory":
                 self._lose(stream, item.message, "memory", cause=item)
+                return
+            if isinstance(item, Retire):
+                slot.retires = True
                 return
             if isinstance(item, (Fork, Suspended)):
                 self._branch(stream, slot.handle, item)
@@ -371,7 +337,11 @@ class RayExecutor:
         """Makes an actor available, or replaces it."""
         slot = self._busy.pop(stream)
         slot.handle = None
-        if recycle or (self._recycle_after and slot.num_jobs >= self._recycle_after):
+        if (
+            recycle
+            or slot.retires
+            or (self._recycle_after and slot.num_jobs >= self._recycle_after)
+        ):
             _kill(slot)
         else:
             self._idle.append(slot)

@@ -243,11 +243,15 @@ def _card(job: Job, loaded: "LoadedModel", point: CurvePoint) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=2)
 def _load(model: str, task: str, data: str | None) -> "tuple[LoadedModel, Task]":
-    """Loads a dense model and its task once per process; callers must not change either."""
+    """Loads a dense model and its task once per process; callers must not change either.
+
+    Weights and decoded pictures are mapped from files, so that a machine holds them once for all
+    its workers.
+    """
     from comp.models import load_model
     from comp.tasks import build_task
 
-    loaded = load_model(model)
+    loaded = load_model(model, shared=True)
     built: Any = build_task(
         task,
         tokenizer=loaded.tokenizer,

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import logging
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from orchestration.executor import Event, Executor, InlineExecutor, Resources
@@ -22,6 +24,8 @@ from studies.objectives import measure_curve
 from studies.spec import PruneSpec, RunSpec, StudySpec
 from studies.specfile import tracking_uri
 from studies.stopping import StopSwitch, stop_on_signals
+
+_log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 30.0  # without any progress, after which MLflow is left as it is
 
@@ -123,16 +127,26 @@ def showing_progress() -> Iterator[Progress]:
 def mirroring(spec: RunSpec, experiment: str) -> Iterator[Consumer]:
     """Gives a consumer that keeps MLflow up to date, and sends the rest at the end."""
     tracker = open_tracker(spec, experiment)
+    scorer = ThreadPoolExecutor(1, "scores")  # a plot takes half a second of the driver's loop
 
     def mirror(event: Event) -> None:
-        if isinstance(event.body, JobEnd) and event.handle.job.kind == "prune":
-            add_scores(event.handle.job, spec)
-        if isinstance(event.body, (Record, JobEnd, Failure)):
-            tracker.touch(event.handle.job.run_dir)
+        job = event.handle.job
+        if isinstance(event.body, JobEnd) and job.kind == "prune":
+            scorer.submit(score, job)
+        elif isinstance(event.body, (Record, JobEnd, Failure)):
+            tracker.touch(job.run_dir)
+
+    def score(job: Job) -> None:
+        try:
+            add_scores(job, spec)
+        except Exception as error:
+            _log.warning("run %s has no scores and no plot: %s", job.run_id, error)
+        tracker.touch(job.run_dir)
 
     try:
         yield mirror
     finally:
+        scorer.shutdown()
         tracker.close(timeout=CLOSE_SECONDS)
 
 

@@ -246,12 +246,42 @@ def load_openmoji(size: int = 64, *, path: Path | None = None) -> OpenMoji:
         raise ValueError(
             f"{path} is not an OpenMoji data set; leave the path out for the embedded one"
         )
+    decoded = _decoded_file(path, size)
+    is_decoded = decoded.is_file()
     drawings = []
     pixels = []
     for row in read_rows(path):
         drawings.append(_from_row(row))
-        pixels.append(resize_pixels(decode_image(row.images[0].read()), size))
-    return OpenMoji(tuple(drawings), torch.stack(pixels))
+        if not is_decoded:
+            pixels.append(resize_pixels(decode_image(row.images[0].read()), size))
+    return OpenMoji(tuple(drawings), _mapped(decoded, torch.stack(pixels) if pixels else None))
+
+
+def _decoded_file(path: Path, size: int) -> Path:
+    """Returns where the decoded pixels of a file are kept; a changed file has another place."""
+    facts = path.stat()
+    text = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}"
+    return cache_dir() / f"decoded-{hashlib.sha256(text.encode()).hexdigest()[:16]}-{size}px.npy"
+
+
+def _mapped(file: Path, pixels: Tensor | None) -> Tensor:
+    """Returns pixels mapped from a file, so that a machine's processes share one copy.
+
+    Args:
+        file: Holds them, or will.
+        pixels: What to write there first; ``None`` if it is there.
+    """
+    if pixels is not None:
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as stream:
+                np.save(stream, pixels.numpy())
+            temporary.replace(file)
+        except OSError:  # full or read-only: then every process keeps its own
+            temporary.unlink(missing_ok=True)
+            return pixels
+    return torch.from_numpy(np.load(file, mmap_mode="c"))
 
 
 def build_openmoji(path: Path, *, size: int = 64) -> int:

@@ -79,12 +79,13 @@ def attach(
     )
 
 
-def load_model(source: str | Path) -> LoadedModel:
+def load_model(source: str | Path, *, shared: bool = False) -> LoadedModel:
     """Loads a model with its tokenizer and the way its images are made.
 
     Args:
         source: A preset name, a directory written by ``save_pretrained``, dense or pruned, or a
             repository of the Hugging Face hub, which is looked up on this disk first.
+        shared: Share the weights with other processes, see ``load_pruned``.
 
     Raises:
         ValueError: If the source is none of these.
@@ -94,7 +95,7 @@ def load_model(source: str | Path) -> LoadedModel:
     directory = find_directory(str(source))
     from comp.checkpoint import load_pruned
 
-    model: Any = load_pruned(directory)
+    model: Any = load_pruned(directory, shared=shared)
     card = _read_json(directory / "card.json")
     adapter = adapter_of(model)
     tokenizer = None

@@ -217,3 +217,17 @@ def test_a_pruned_model_without_its_plan_is_refused(saved: Path) -> None:
 
 def edit(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_shared_weights_are_pages_of_the_file_and_give_the_same_outputs(saved: Path) -> None:
+    family = FAMILIES["blip-nlvr"]
+    own, shared = load_pruned(saved), load_pruned(saved, shared=True)
+    batch = family.batch(4, 0)
+    torch.testing.assert_close(
+        family.outputs(shared, batch), family.outputs(own, batch), rtol=0, atol=1e-6
+    )
+    mapped = f"{saved}/model.safetensors"
+    assert mapped in Path("/proc/self/maps").read_text()
+    first = next(shared.parameters())
+    first.add_(1.0)  # changes a copy of the page, not the file
+    assert not torch.equal(next(load_pruned(saved).parameters()), first)

@@ -4,6 +4,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import torch
 
 from comp.data.layout import Row, read_metadata, read_rows, write_rows
 from comp.data.openmoji import Drawing, OpenMoji, cached_file, load_openmoji, openmoji_path
@@ -130,3 +131,17 @@ def test_two_processes_build_the_cache_at_once_over_a_broken_file(
         counts = list(pool.map(load_count, range(2)))
     assert counts[0] == counts[1] > 3500
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_decoded_pixels_are_kept_in_a_file_that_processes_share(
+    openmoji_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMP_CACHE", str(tmp_path))
+    first = load_openmoji(path=openmoji_file).pixels
+    monkeypatch.setattr("comp.data.openmoji.decode_image", None)  # nothing is decoded again
+    again = load_openmoji(path=openmoji_file).pixels
+    assert torch.equal(first, again)
+    (file,) = tmp_path.iterdir()
+    assert str(file) in Path("/proc/self/maps").read_text()
+    again[0] = 0  # a page of one's own
+    assert torch.equal(load_openmoji(path=openmoji_file).pixels, first)

@@ -13,7 +13,8 @@ from orchestration import worker
 from orchestration.cluster import ClusterError
 from orchestration.executor import Event, Handle, Resources
 from orchestration.job import Failure, FailureKind, Job, JobEnd, Notice, Record
-from orchestration.ray_executor import PrunerActor, RayExecutor
+from orchestration.ray_actor import PrunerActor
+from orchestration.ray_executor import RayExecutor
 from orchestration.retry import RULES, Rule
 from orchestration.store import read_run
 from tests.orchestration.trials import disturb, make_job, numbers
@@ -253,6 +254,15 @@ def test_an_actor_is_replaced_after_its_share_of_jobs(tmp_path: Path, pool: Pool
     events = run_all(executor)
     places = [e.body.message for es in events.values() for e in es if isinstance(e.body, Notice)]
     assert places[0] == places[1] != places[2]
+
+
+def test_an_actor_that_grows_is_replaced(tmp_path: Path, pool: Pool) -> None:
+    executor = pool(1, max_growth_mib=48)
+    for i in range(4):
+        executor.submit(make_job(tmp_path, run=f"s-000{i}", runner="leak"))
+    events = run_all(executor)
+    places = [e.body.message for es in events.values() for e in es if isinstance(e.body, Notice)]
+    assert places[0] == places[1] == places[2] != places[3]  # 64 MiB above the first job's end
 
 
 def test_no_free_cpus_is_said_with_what_is_asked_for_and_what_there_is(

@@ -143,6 +143,17 @@ def noop(job: Job, directory: RunDirectory) -> Iterator[Record]:
         yield directory.append(make_stage(stage))
 
 
+_leaked: list[bytearray] = []
+
+
+def leak(job: Job, directory: RunDirectory) -> Iterator[Record]:
+    """A record, and 32 MiB that stay behind in the process."""
+    block = bytearray(32 * 2**20)
+    block[::4096] = b"x" * len(block[::4096])
+    _leaked.append(block)
+    yield directory.append(make_stage(1))
+
+
 def numbers(records: list[Record] | tuple[Record, ...]) -> list[dict[str, object]]:
     """What must be equal between a disturbed and an undisturbed run: all but clocks."""
     return [record.body.to_dict() for record in records]
