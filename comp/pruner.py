@@ -240,10 +240,13 @@ class Pruner:
         begin = time.perf_counter()
         modes, raised = self._choose_and_raise(ratio)
         self.handle.thresholds.update(raised.thresholds)
+        train_begin = time.perf_counter()
         train_loss = self._train(raised.choice, self.config.steps_per_stage)
+        trained = time.perf_counter() - train_begin
         if self.config.shrink == "stage":
             migrate_optimizer_(self.optimizer, shrink_(self.handle))
-        return self._measure_stage(ratio, modes, raised, train_loss, begin)
+        record = self._measure_stage(ratio, modes, raised, train_loss)
+        return replace(record, seconds=time.perf_counter() - begin, train_seconds=trained)
 
     def _choose_and_raise(self, ratio: float) -> tuple[str, Raise]:
         """Opens a stage; only if no mode can take a step that fits, one that overshoots may."""
@@ -339,9 +342,12 @@ class Pruner:
         return [self.device.index or 0] if self.device.type == "cuda" else []
 
     def _measure_stage(
-        self, ratio: float, modes: str, raised: Raise, train_loss: float, begin: float
+        self, ratio: float, modes: str, raised: Raise, train_loss: float
     ) -> StageRecord:
+        """Evaluates a trained stage; the times of the record other than its own are left out."""
+        begin = time.perf_counter()
         verdict, self._cost = self._evaluate(self.model, "val")
+        evaluated = time.perf_counter() - begin
         value = self._value_of(verdict.metric, verdict.loss)
         cost = (self._value - value) / self._removed_share(raised.macs)
         choice = self.strategy.choice
@@ -364,9 +370,10 @@ class Pruner:
             threshold=raised.threshold,
             units=raised.choice.count,
             tokens=self._cost.last_tokens(),
-            seconds=time.perf_counter() - begin,
+            seconds=0.0,
             snapshot=ratio if reached else None,
             layers=self.handle.left_in_layers(self._cost),
+            eval_seconds=evaluated,
         )
 
     def _removed_share(self, predicted_macs: float) -> float:

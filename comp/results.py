@@ -33,6 +33,9 @@ class StageRecord:
         seconds: Wall time of the stage.
         snapshot: The asked ratio that this stage reached, else ``None``.
         layers: What is left in every layer, see ``CurvePoint``.
+        train_seconds: Wall time of the stage's training steps, a part of ``seconds``.
+        eval_seconds: Wall time of the evaluation behind ``val`` and ``cost``, another part. The
+            rest is the search for what to prune.
     """
 
     stage: int
@@ -52,6 +55,8 @@ class StageRecord:
     seconds: float
     snapshot: float | None = None
     layers: dict[str, float] = field(default_factory=dict)
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values; ``from_dict`` is the inverse."""

@@ -345,6 +345,8 @@ def _report(job: Job, records: Sequence[Record]) -> dict[str, Any]:
         "content_id": job.content_id,
         "num_stages": len(stages),
         "stage_seconds": sum(stage.seconds for stage in stages),
+        "train_seconds": sum(stage.train_seconds for stage in stages),
+        "eval_seconds": sum(stage.eval_seconds for stage in stages),
         "attempts": 1 + max((record.attempt for record in records), default=0),
         "parts": job.parts,
         "stages_by_mode": {mode: modes.count(mode) for mode in sorted(set(modes))},

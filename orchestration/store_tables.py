@@ -47,6 +47,8 @@ STAGE_SCHEMA = pa.schema(
         ("units", pa.int64()),
         ("tokens", pa.map_(pa.string(), pa.float64())),
         ("seconds", pa.float64()),
+        ("train_seconds", pa.float64()),
+        ("eval_seconds", pa.float64()),
         ("snapshot", pa.float64()),
         *_PLACE,
     ],

@@ -79,8 +79,9 @@ def metrics_of(record: Record) -> list[Metric]:
 
 
 def _stage_values(stage: StageRecord) -> dict[str, float]:
-    names = ("val", "val_loss", "train_loss", "ratio", "macs", "cost", "mode_cost", "seconds")
-    values = {name: getattr(stage, name) for name in names}
+    names = ("val", "val_loss", "train_loss", "ratio", "macs", "cost", "mode_cost")
+    times = ("seconds", "train_seconds", "eval_seconds")
+    values = {name: getattr(stage, name) for name in (*names, *times)}
     values["params_m"] = stage.params / 1e6
     return values | {f"tokens_{stream}": count for stream, count in stage.tokens.items()}
 

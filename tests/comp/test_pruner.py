@@ -46,7 +46,7 @@ CONFIG = PruningConfig(
     probe_samples=8,
     device="cpu",
 )
-MEASURED = {"seconds", "latency_ms", "dense_latency_ms"}
+MEASURED = {"seconds", "train_seconds", "eval_seconds", "latency_ms", "dense_latency_ms"}
 
 
 def configured(**values: Any) -> PruningConfig:
@@ -176,6 +176,13 @@ def test_stages_are_numbered_and_the_ratio_is_of_the_dense_cost(curve: Run) -> N
     for number, record in enumerate(curve.pruner.stages, start=1):
         assert record.stage == number
         assert record.ratio == pytest.approx(1 - record.macs / dense)
+
+
+def test_training_and_evaluation_are_timed_as_parts_of_their_stage(curve: Run) -> None:
+    for stage in curve.pruner.stages:
+        assert stage.train_seconds > 0
+        assert stage.eval_seconds > 0
+        assert stage.train_seconds + stage.eval_seconds <= stage.seconds
 
 
 def test_the_ratio_is_not_overshot_by_more_than_a_step(curve: Run) -> None:

@@ -36,7 +36,7 @@ CONFIG = PruningConfig(
     tolerance=0.02,
     min_channels=4,
 )
-CLOCKS = ("seconds", "latency_ms", "dense_latency_ms")
+CLOCKS = ("seconds", "train_seconds", "eval_seconds", "latency_ms", "dense_latency_ms")
 
 
 def make_tiny_job(directory: Path, **changes: object) -> Job:
