@@ -14,7 +14,7 @@ import fcntl
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -36,6 +36,7 @@ from orchestration.tracked import (
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
     from mlflow.tracking import MlflowClient
 
 _log = logging.getLogger(__name__)
@@ -88,13 +89,25 @@ class _Sent:
 class MlflowTracker:
     """Mirrors run directories into an MLflow experiment, one flat run each."""
 
-    def __init__(self, uri: str, experiment: str, *, send_models: bool = True) -> None:
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        *,
+        send_models: bool = True,
+        study: bool = False,
+        system_metrics: bool = False,
+    ) -> None:
         """Checks the address; nothing is sent before the first ``touch`` or ``sync``.
 
         Args:
             uri: ``sqlite:///PATH``, ``http://HOST:PORT`` or another database or server.
             experiment: Name of the experiment, made if it is missing.
-            send_models: Whether finished models are sent as artifacts.
+            send_models: Whether finished models are sent.
+            study: Whether the experiment is a study, which gets a run of its own beside those of
+                its trials.
+            system_metrics: Whether CPU, memory, disk, network and GPUs of this machine are
+                sampled into the study's run while the tracker is open.
 
         Raises:
             ValueError: If MLflow could not keep runs there.
@@ -106,6 +119,10 @@ class MlflowTracker:
             )
         self._uri, self._experiment = uri, experiment
         self._send_models = send_models
+        self._study = study
+        self._system_metrics = system_metrics
+        self._study_run = ""
+        self._monitor: SystemMetricsMonitor | None = None
         self._client: MlflowClient | None = None
         self._experiment_id = ""
         self._sent: dict[str, _Sent] = {}
@@ -198,6 +215,11 @@ class MlflowTracker:
 
     def _close_open_runs(self) -> None:
         """Shows runs that a driver leaves unfinished as killed; resuming opens them again."""
+        left = any(sent.open for sent in self._sent.values())
+        if self._monitor is not None:
+            self._monitor.finish()
+        if self._study_run and self._client:
+            self._client.set_terminated(self._study_run, "KILLED" if left else "FINISHED")
         for sent in self._sent.values():
             if sent.open and self._client:
                 self._client.set_terminated(sent.run_id, "KILLED")
@@ -253,7 +275,41 @@ class MlflowTracker:
             else:
                 self._experiment_id = found.experiment_id
         self._client = client
+        if self._study:
+            self._open_study(client)
         return client
+
+    def _open_study(self, client: "MlflowClient") -> None:
+        """Finds the study's own run or makes it, and samples this machine into it if asked to."""
+        self._study_run = study_run(client, self._experiment_id, self._experiment)
+        client.update_run(self._study_run, status="RUNNING")
+        if self._system_metrics:
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            monitor = SystemMetricsMonitor(
+                self._study_run, resume_logging=True, tracking_uri=self._uri
+            )
+            monitor.start()
+            self._monitor = monitor
+
+    def send_study(self, files: Sequence[Path], metrics: Mapping[str, float]) -> None:
+        """Puts a study's report into its own run, now and in this thread.
+
+        Args:
+            files: What to show as artifacts.
+            metrics: Numbers by name.
+
+        Raises:
+            TrackingError: If MLflow does not take it.
+        """
+        with self._sending, self._explained():
+            client = self._connect()
+            run_id = self._study_run or study_run(client, self._experiment_id, self._experiment)
+            for path in files:
+                client.log_artifact(run_id, str(path))
+            now = int(1000 * time.time())
+            entities = [_metric(name, value, now, 0) for name, value in metrics.items()]
+            client.log_batch(run_id, metrics=entities)
 
     def _open_run(self, client: "MlflowClient", run: Run, sent: _Sent | None) -> _Sent:
         """Finds the run in MLflow by its uid, or makes it, with its parameters and tags."""
@@ -350,6 +406,17 @@ class MlflowTracker:
                 redact(f"MLflow at {self._uri} does not take results ({reason})"),
                 permanent=code in _PERMANENT,
             ) from error
+
+
+def study_run(client: "MlflowClient", experiment_id: str, study: str) -> str:
+    """Returns the id of a study's own run, which is made if it is missing."""
+    found = client.search_runs([experiment_id], "tags.`comp.kind` = 'study'", max_results=1)
+    if found:
+        return str(found[0].info.run_id)
+    tags = {"comp.kind": "study", "comp.study": study}
+    made = client.create_run(experiment_id, tags=tags, run_name=f"study {study}")
+    client.set_terminated(made.info.run_id)
+    return str(made.info.run_id)
 
 
 def _metric(key: str, value: float, time_ms: int, step: int) -> "Metric":

@@ -187,8 +187,8 @@ def conduct(
         next_steps: Gives headings and commands to print below the result.
     """
     from studies.folder import StudyFolder
-    from studies.report import read_report, write_report
-    from studies.session import conduct_study
+    from studies.report import read_report, report_metrics, write_report
+    from studies.session import conduct_study, send_report
     from studies.summary import summarize
 
     folder, why = StudyFolder.of(spec), "finished"
@@ -206,6 +206,7 @@ def conduct(
         reasons = {trial.reason for trial in report.summary.trials if trial.reason}
         raise click.ClickException("; ".join([report.summary.why_no_best, *sorted(reasons)]))
     written = write_report(folder, report)
+    send_report(folder, report_metrics(report))
     values = {"why": why, "directory": folder.location, "files": written}
     lines = [report.to_text()]
     if written:

@@ -203,6 +203,13 @@ def write_report(folder: StudyFolder, report: StudyReport) -> list[str]:
     return folder.write_files(fill)
 
 
+def report_metrics(report: StudyReport) -> dict[str, float]:
+    """Returns what a study is sorted by: its best value and its trials by state."""
+    best = report.summary.best
+    values = {f"trials_{state}": float(count) for state, count in report.summary.counts.items()}
+    return values | ({"best": best.value} if best and best.value is not None else {})
+
+
 def ratio_rows(curves: Sequence[Curve]) -> tuple[RatioRow, ...]:
     """Returns one row for every asked ratio that all curves have, ascending."""
     by_ratio: dict[float, list[CurvePoint]] = {}

@@ -4,7 +4,8 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from orchestration.lock import hold_location
 from orchestration.progress import Progress
 from orchestration.storage import Storage, last_name
 from orchestration.store import list_runs, read_run
-from orchestration.tracked import SCORES
+from orchestration.tracked import SCORES, TrackingError
 from orchestration.tracking import PLOTS, UNSYNCED, MlflowTracker, NullTracker, Tracker
 from studies.curves import area, curve_of
 from studies.driver import Consumer, Outcome, run_study
@@ -158,7 +159,38 @@ def open_tracker(spec: RunSpec, experiment: str) -> Tracker:
     """
     if not spec.tracking.enabled:
         return NullTracker()
-    return MlflowTracker(tracking_uri(spec), experiment)
+    return MlflowTracker(
+        tracking_uri(spec),
+        experiment,
+        study=isinstance(spec, StudySpec),
+        system_metrics=spec.tracking.system_metrics,
+    )
+
+
+REPORT_FILES = ("spec.yaml", "report.md", "report.json", "curves.png", "curves.parquet")
+
+
+def send_report(folder: StudyFolder, metrics: Mapping[str, float]) -> None:
+    """Puts a study's report into its own run in MLflow, or says in one line why it is not there.
+
+    Args:
+        folder: The study, its report written.
+        metrics: Numbers by name.
+    """
+    spec = folder.read_spec()
+    if not spec.tracking.enabled:
+        return
+    tracker = MlflowTracker(tracking_uri(spec), spec.name)
+    with tempfile.TemporaryDirectory() as scratch:
+        files = []
+        for name in REPORT_FILES:
+            if folder.storage.exists(name):
+                files.append(Path(scratch) / name)
+                files[-1].write_bytes(folder.storage.read(name))
+        try:
+            tracker.send_study(files, metrics)
+        except TrackingError as error:
+            _log.warning("%s; the study's report is on disk only", error)
 
 
 def add_scores(job: Job, spec: RunSpec) -> None:

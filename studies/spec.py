@@ -44,10 +44,13 @@ class Tracking(Section):
         uri: A tracking URI; ``null`` means ``MLFLOW_TRACKING_URI``, else ``mlflow.db`` under the
             root.
         enabled: ``false`` writes nothing to MLflow; results on disk are the same.
+        system_metrics: ``true`` samples CPU, memory, disk, network and GPUs of the driver's
+            machine into the study's own run.
     """
 
     uri: str | None = None
     enabled: bool = True
+    system_metrics: bool = False
 
     @field_validator("uri")
     @classmethod

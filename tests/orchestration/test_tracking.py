@@ -147,6 +147,35 @@ def test_data_set_and_models_are_of_mlflows_own_types(
     assert {output.model_id for output in run.outputs.model_outputs} == {m.model_id for m in found}
 
 
+def test_a_study_has_a_run_of_its_own_with_system_metrics(
+    tmp_path: Path, store: str, experiment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    job = finished(make_job(tmp_path))
+    tracker = MlflowTracker(store, experiment, study=True, system_metrics=True)
+    tracker.touch(job.run_dir)
+    client = MlflowClient(store)
+
+    def own() -> Any:
+        found = client.get_experiment_by_name(experiment)
+        ids = [found.experiment_id] if found else []
+        runs = client.search_runs(ids, "tags.`comp.kind` = 'study'") if ids else []
+        return runs[0] if runs else None
+
+    key = "system/cpu_utilization_percentage"
+    deadline = time.monotonic() + 60
+    while (own() is None or key not in own().data.metrics) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert own().info.status == "RUNNING"
+    assert tracker.close() == []
+    (tmp_path / "report.md").write_text("# s")
+    tracker.send_study([tmp_path / "report.md"], {"best": 70.5})
+    assert (own().info.status, own().info.run_name) == ("FINISHED", f"study {experiment}")
+    assert own().data.metrics["best"] == 70.5
+    assert 0 <= own().data.metrics[key] <= 100
+    assert [a.path for a in client.list_artifacts(own().info.run_id)] == ["report.md"]
+
+
 def test_sending_twice_changes_nothing(tmp_path: Path, store: str, experiment: str) -> None:
     job = finished(make_job(tmp_path))
     for _ in range(2):
