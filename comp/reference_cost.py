@@ -10,6 +10,7 @@ With N tokens, L words, widths D and channels 4 D, and every formula per sample:
     BLIP caption    vision(577) + decoder(L) + L (D^2 + D V)
     BLIP retrieval  vision(577) + text(35) + text(35) with cross-attention + projections
     CLIP L/14@336   vision(577) + text(77) + projections
+    BLIP VQA        vision(901) + 32 text(14) with cross-attention + 47 decoder(5): a mock batch
     LLaVA-1.5-7B    32 layers (4 n d^2 + 2 n^2 d + 3 n d m)
 """
 
@@ -141,6 +142,28 @@ def clip_cost() -> DenseCost:
 def clip_training_cost(queue: int = 57_600) -> DenseCost:
     """Cost of the training forward: momentum encoders and the products with both queues."""
     return 2 * clip_cost() + 4 * linear_cost(queue, 768, 1)
+
+
+def blip_vqa_mock_cost(*, questions: int = 32, answers: int = 47) -> DenseCost:
+    """Cost of the mock batch behind the published 186.1 of BLIP's VQA model; of no sample.
+
+    One image of 480 px, questions of 14 tokens, answers of 5. Image and question states have no
+    copy for each text that attends to them, so their keys and values are computed once.
+
+    Args:
+        questions: Texts that read the image.
+        answers: Texts that read a question.
+    """
+    vocabulary = linear_cost(5, BLIP_WIDTH, BLIP_WIDTH, BLIP_VOCABULARY)
+    answer = _blip_text(5, 1, 14) + DenseCost(0, 5 * BLIP_WIDTH) + vocabulary
+    copies = (questions - 1) * _keys_and_values(901) + (answers - 1) * _keys_and_values(14)
+    texts = questions * _blip_text(14, 1, 901) + answers * answer
+    return blip_image_cost(480) + texts + -1 * copies
+
+
+def _keys_and_values(tokens: int) -> DenseCost:
+    """Cost of the keys and values that BLIP's cross-attentions make of one context."""
+    return BLIP_LAYERS * 2 * linear_cost(tokens, BLIP_WIDTH, BLIP_WIDTH)
 
 
 def llava_prefill_cost(tokens: int, width: int = 4096, channels: int = 11008) -> DenseCost:

@@ -1,6 +1,6 @@
 """Captioning: BLIP's decoder tells what an image shows, judged by CIDEr against references.
 
-The loss is next-word prediction after the prompt, with the model's own label smoothing. The
+The loss is next-word prediction after the prompt, with smoothed labels. The
 metered cost of a sample is that of the image and of one pass over its first reference, so that it
 does not depend on what a model happens to say; generating is not metered.
 """
@@ -21,6 +21,8 @@ from comp.tasks.captions import MAX_CAPTIONS, CaptionedImage, drawn_captions
 from comp.tasks.text import TextTokenizer, pad, pad_mask
 
 _IGNORED = -100  # what the loss leaves out
+MAX_TOKENS = 40
+"""Tokens of a caption that are learnt, with the prompt (BLIP)."""
 MAX_REFERENCE = 64
 """Tokens of a reference that the metric reads."""
 
@@ -36,6 +38,7 @@ class CaptioningTask:
         beams: Beams of the search while evaluating (paper: 3).
         max_words: Longest caption that is generated, in tokens (paper: 20).
         min_words: Shortest one (paper: 5).
+        smoothing: Label smoothing of the training loss (paper: 0.1).
         augment: Whether training images are shifted and scaled a little (never mirrored).
 
     Source: BLIP (arXiv 2201.12086), Section 3.2 and the supplement.
@@ -54,12 +57,13 @@ class CaptioningTask:
         beams: int = 3,
         max_words: int = 20,
         min_words: int = 5,
+        smoothing: float = 0.1,
         augment: bool = True,
     ) -> None:
         self._splits = sample_splits(samples)
         self._images = images
         self._tokenizer: Any = tokenizer
-        self._augment = augment
+        self._augment, self._smoothing = augment, smoothing
         self._beams, self._max_words, self._min_words = beams, max_words, min_words
         self._pad_id = int(tokenizer.pad_token_id or 0)
         if tokenizer.bos_token_id is None:
@@ -102,14 +106,12 @@ class CaptioningTask:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns the mean cross-entropy of the words after the prompt, smoothed."""
-        parts: Any = model
-        smoothing = float(parts.text_decoder.label_smoothing)
         logits = self._predict(model, batch, self._encode(model, batch))
         return functional.cross_entropy(
             logits.float().flatten(0, 1),
             batch["labels"][:, 1:].flatten(),
             ignore_index=_IGNORED,
-            label_smoothing=smoothing,
+            label_smoothing=self._smoothing,
         )
 
     def score(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -196,7 +198,8 @@ class CaptioningTask:
         self, chosen: Sequence[CaptionedImage], pixels: Tensor, told: Sequence[str]
     ) -> Batch:
         end = int(self._tokenizer.sep_token_id)
-        ids = [[*self._start, *self._spell(text), end] for text in told]
+        heads = [[*self._start, *self._spell(text)][: MAX_TOKENS - 1] for text in told]
+        ids = [[*head, end] for head in heads]
         labels = [[_IGNORED] * len(self._start) + one[len(self._start) :] for one in ids]
         return {
             "pixel_values": normalize(pixels),

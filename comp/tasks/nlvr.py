@@ -20,6 +20,9 @@ from comp.tasks.batching import (
 from comp.tasks.statements import Statement
 from comp.tasks.text import TextTokenizer, encode, pad, pad_mask
 
+MAX_WORDS = 40
+"""Words of a statement that are read (BLIP)."""
+
 
 @dataclass(frozen=True)
 class StoredStatement:
@@ -115,7 +118,7 @@ class NlvrTask:
         return self._pixels([image for one in made for image in one.images])
 
     def _batch(self, made: Sequence[PairStatement], pixels: Tensor, step: int | None) -> Batch:
-        texts = encode(self._tokenizer, [one.text for one in made])
+        texts = encode(self._tokenizer, [" ".join(one.text.split()[:MAX_WORDS]) for one in made])
         return {
             "pixel_values": normalize(pixels).unflatten(0, (-1, 2)),  # (B, 2, 3, H, W)
             "input_ids": pad(texts, self._pad_id),

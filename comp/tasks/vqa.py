@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -24,6 +23,8 @@ from comp.tasks.text import TextTokenizer, encode, pad, pad_mask
 from comp.tasks.vqa_answers import answer_accuracy, normalize_answer
 
 _IGNORED = -100  # what the loss leaves out
+MAX_TOKENS = 35
+"""Tokens of a question that are read (BLIP)."""
 
 
 @dataclass(frozen=True)
@@ -106,15 +107,11 @@ class VqaTask:
             self._normalized.setdefault(normalize_answer(answer), []).append(index)
 
     def train_batches(self, *, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Yields shuffled training batches without end; see ``Task``.
-
-        Of several answers to a question one is drawn, each as often as people gave it, so the
-        expected loss is BLIP's, which weights all of them by that share.
-        """
+        """Yields shuffled training batches without end; see ``Task``."""
         return shuffled_batches(
             self.questions["train"],
             self._images,
-            lambda asked, pixels, step: self._batch(asked, pixels, (seed, step, 3)),
+            self._batch,
             batch_size=batch_size,
             seed=seed,
             start=start,
@@ -150,16 +147,29 @@ class VqaTask:
         return found
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns the mean cross-entropy of the answer's tokens."""
-        labels = batch["labels"]
-        loss: Tensor = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            pixel_values=batch["pixel_values"],
-            decoder_input_ids=labels.masked_fill(labels == _IGNORED, self._pad_id),
-            labels=labels,
-        ).loss
-        return loss
+        """Returns the mean over questions of their answers' losses, each by its share of people.
+
+        An answer's loss is the cross-entropy of all its tokens, smoothed as the model says. Image
+        and question are encoded once (BLIP, arXiv 2201.12086, the VQA fine-tuning).
+        """
+        weights = batch["answer_weights"]  # (B, A)
+        question, answer = weights.nonzero(as_tuple=True)
+        labels = batch["answers"][question, answer]  # (K, L)
+        parts: Any = model
+        logits = parts.text_decoder(
+            input_ids=labels[:, :-1].masked_fill(labels[:, :-1] == _IGNORED, self._pad_id),
+            encoder_hidden_states=self._encode(model, batch)[question],
+            use_cache=False,
+        ).logits
+        losses = functional.cross_entropy(
+            logits.float().mT,
+            labels[:, 1:],
+            ignore_index=_IGNORED,
+            reduction="none",
+            label_smoothing=float(parts.text_decoder.label_smoothing),
+        ).sum(dim=1)
+        weighted: Tensor = weights[question, answer] * losses
+        return weighted.sum() / len(weights)
 
     def score(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns the accuracy of the first-ranked answer, and the true one's cross-entropy.
@@ -242,25 +252,36 @@ class VqaTask:
         return self._pixels([one.image for one in asked])
 
     def _batch(
-        self,
-        asked: Sequence[AnyQuestion],
-        pixels: Tensor,
-        draw: tuple[int, int, int] | None = None,
+        self, asked: Sequence[AnyQuestion], pixels: Tensor, step: int | None = None
     ) -> Batch:
-        texts = encode(self._tokenizer, [one.text for one in asked])
+        texts = encode(self._tokenizer, [one.text for one in asked], max_tokens=MAX_TOKENS)
         answers = [_most_frequent(one) for one in asked]
-        if draw is not None:
-            random = np.random.default_rng(draw).random(len(asked)).tolist()
-            answers = [_drawn(one, place) for one, place in zip(asked, random, strict=True)]
         return {
             "pixel_values": normalize(pixels),
             "input_ids": pad(texts, self._pad_id),
             "attention_mask": pad_mask(texts),
             "labels": pad([[self._bos_id, *self._spell(one)] for one in answers], _IGNORED),
+            **self._answers(asked),
             "answer_index": torch.tensor([self._position.get(one, -1) for one in answers]),
             "accuracy": self._accuracy(asked),
             "num_answers": torch.tensor([len(one.answers) for one in asked]),
             "question_id": torch.tensor([int(one.id or 0) for one in asked]),
+        }
+
+    def _answers(self, asked: Sequence[AnyQuestion]) -> Batch:
+        """All answers, ``(B, A, L)``, and the share of people who gave each, ``(B, A)``."""
+        most = max(max(len(one.answers) for one in asked), 1)
+        spelled = [
+            [[self._bos_id, *self._spell(answer)] for answer in one.answers] for one in asked
+        ]
+        rows = [ids for told in spelled for ids in (*told, *([[]] * (most - len(told))))]
+        weights = torch.zeros(len(asked), most)
+        for row, one in enumerate(asked):
+            counts = torch.tensor(one.counts or [1] * len(one.answers)).float()
+            weights[row, : len(counts)] = counts / counts.sum()
+        return {
+            "answers": pad(rows, _IGNORED).unflatten(0, weights.shape),
+            "answer_weights": weights,
         }
 
     def _accuracy(self, asked: Sequence[AnyQuestion]) -> Tensor:
@@ -279,15 +300,6 @@ class VqaTask:
 
 def _most_frequent(question: AnyQuestion) -> str:
     return question.answers[0] if question.answers else ""  # they are stored in that order
-
-
-def _drawn(question: AnyQuestion, place: float) -> str:
-    """Returns one of the answers, each as likely as people gave it; ``place`` is in [0, 1)."""
-    if not question.counts:
-        return _most_frequent(question)
-    bounds = np.cumsum(question.counts)
-    index = np.searchsorted(bounds, place * bounds[-1], side="right")
-    return question.answers[int(index)]
 
 
 def _bos_id(tokenizer: TextTokenizer) -> int:

@@ -10,6 +10,7 @@ from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
     CLIPConfig,
     CLIPModel,
 )
@@ -22,6 +23,7 @@ from comp.reference_cost import (
     blip_nlvr_cost,
     blip_retrieval_cost,
     blip_retrieval_training_cost,
+    blip_vqa_mock_cost,
     clip_cost,
     clip_training_cost,
     linear_cost,
@@ -92,6 +94,31 @@ def test_clip_once_and_in_training() -> None:
     assert clip_cost().published / GIGA == pytest.approx(197.76, abs=5e-3)
     assert clip_training_cost(queue=0).published / GIGA == pytest.approx(395.524, abs=1e-3)
     assert clip_training_cost().published / GIGA == pytest.approx(395.701, abs=1e-3)
+
+
+def test_vqa_by_the_mock_batch_that_the_papers_count() -> None:
+    assert blip_vqa_mock_cost().published / GIGA == pytest.approx(186.121, abs=1e-3)
+
+
+def test_torch_counts_the_same_on_the_mock_batch_without_copies() -> None:
+    config = base_config()
+    config.vision_config.image_size = 480
+    with torch.device("meta"):
+        model: Any = BlipForQuestionAnswering(config).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        rows = model.vision_model(images(1, 3, 480, 480)).last_hidden_state
+        states = model.text_encoder(
+            input_ids=words(14).expand(2, -1), encoder_hidden_states=rows.expand(2, -1, -1)
+        ).last_hidden_state[:1]
+        model.text_decoder(
+            input_ids=words(5).expand(3, -1),
+            encoder_hidden_states=states.expand(3, -1, -1),
+            use_cache=False,
+        )
+    layer = 2 * 768 * 768  # torch computes keys and values of every copy
+    copies = 12 * layer * (901 + 2 * 14)
+    counted = int(counter.get_total_flops()) // 2
+    assert counted - copies == blip_vqa_mock_cost(questions=2, answers=3).body
 
 
 def test_llavas_prefill_of_the_image_tokens() -> None:

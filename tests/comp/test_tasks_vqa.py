@@ -7,12 +7,13 @@ import torch
 from torch.nn import functional
 from transformers import BlipConfig, BlipForQuestionAnswering
 
+from comp.data.layout import EncodedImage
 from comp.data.openmoji import OpenMoji
 from comp.models.tokenizer import as_pretrained
 from comp.tasks.base import Batch
 from comp.tasks.questions import all_answers, make_questions
 from comp.tasks.text import tokenizer_from_texts
-from comp.tasks.vqa import VqaTask
+from comp.tasks.vqa import StoredQuestion, VqaTask
 
 
 def build(openmoji: OpenMoji, tokenizer: Any, **options: Any) -> VqaTask:
@@ -113,6 +114,34 @@ def test_loss_trains_every_part_of_the_stock_model(task: VqaTask, tokenizer: Any
     for part in (model.vision_model, model.text_encoder, model.text_decoder):
         gradients = [p.grad for p in part.parameters() if p.grad is not None]
         assert sum(gradient.abs().sum() for gradient in gradients) > 0
+
+
+@torch.no_grad()
+def test_the_loss_is_the_sum_of_the_answers_losses_by_their_share_of_people(
+    spelling: tuple[VqaTask, Any],
+) -> None:
+    task, tokenizer = spelling
+    model = tiny_model(tokenizer).eval()
+    image = EncodedImage(path="0")
+    asked = [
+        StoredQuestion("1", image, "what is it", ("flag", "person", "red"), (7, 2, 1)),
+        StoredQuestion("2", image, "what colour", ("dark skin",), (10,)),
+    ]
+    pixels = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
+    batch = task._batch(asked, pixels)
+    expected = 0.0
+    for row, one in enumerate(asked):
+        for answer, count in zip(one.answers, one.counts, strict=True):
+            ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+            labels = torch.tensor([[tokenizer.bos_token_id, *ids, tokenizer.sep_token_id]])
+            mean = model(
+                input_ids=batch["input_ids"][row : row + 1],
+                attention_mask=batch["attention_mask"][row : row + 1],
+                pixel_values=batch["pixel_values"][row : row + 1],
+                labels=labels,
+            ).loss
+            expected += count / 10 * float(mean) * (labels.shape[1] - 1) / 2
+    assert float(task.loss(model, batch)) == pytest.approx(expected, rel=1e-4)
 
 
 @torch.no_grad()
