@@ -15,7 +15,7 @@ from torch import Tensor
 from comp import kv_cache
 from comp.dropping import drops_tokens
 from comp.handle import PruningHandle
-from comp.importance import normalise_scores, strongest_heads, vote_sums
+from comp.importance import mean_votes, normalise_scores, strongest_heads, vote_sums
 from comp.madtp import aligned_importance
 from comp.metering import active_meter, count_self_attention
 from comp.sites import AttentionSite, Block
@@ -65,7 +65,8 @@ def self_attention(
     if need_scores and state.mixture is not None:
         valid = state.flags(state.valid, default=True)
         heads = handle.head_mask(site) if handle.switches.cit else None
-        scores = state.mixture.scores(query, key, site.scale, valid, heads)
+        reduce = handle.switches.head_reduce
+        scores = state.mixture.scores(query, key, site.scale, valid, heads, reduce=reduce)
     return state.pack(scale_context(handle, site, context)), scores
 
 
@@ -95,6 +96,10 @@ def _attend_scored(
     context, sums = attend_and_vote(
         site, query, key, value, bias, scored, heads, training=training
     )
+    causal = bias is not None and bias.dtype == torch.bool and bias.shape[2] > 1
+    if causal and handle.switches.causal_mean:
+        assert bias is not None
+        sums = mean_votes(sums, bias[:, 0], scored)
     return context, normalise_scores(sums, scored)
 
 

@@ -28,6 +28,13 @@ class Method:
             (``comp.upop``).
         token_score: ``"attention"`` scores tokens by Eq. 6 or 7, ``"madtp"`` as MADTP does, with
             its learnable thresholds (``comp.madtp``).
+        token_threshold: What an encoder's token threshold multiplies a score by before it
+            compares: the number of scored tokens of the layer, ``"relative"``, or of the first
+            layer, ``"absolute"``, so that a threshold drops less where tokens are fewer.
+        causal_mean: Divide the attention that a token of a causal encoder receives by the number
+            of tokens that can see it; Eq. 6 as it stands favours early ones.
+        head_reduce: How heads become one where streams share a sequence (LLaVA): the ``"max"`` of
+            Eq. 6, or PyramidDrop's ``"mean"``.
     """
 
     cip: bool
@@ -37,6 +44,9 @@ class Method:
     tokens: bool = True
     parameter_score: Literal["wanda", "gradient"] = "wanda"
     token_score: Literal["attention", "madtp"] = "attention"
+    token_threshold: Literal["relative", "absolute"] = "relative"
+    causal_mean: bool = False
+    head_reduce: Literal["max", "mean"] = "max"
 
 
 METHODS: dict[str, Method] = {
@@ -94,6 +104,11 @@ class PruningConfig:
         schedule: Overrides the method's switch.
         parameter_score: Overrides the method's switch.
         token_score: Overrides the method's switch.
+        token_threshold: Overrides the method's switch.
+        causal_mean: Overrides the method's switch.
+        head_reduce: Overrides the method's switch.
+        rank_norm: ``"kind"`` standardises scores over all layers; ``"layer"`` divides them by
+            their layer's mean before.
         modes: Restricts the run to these modes; ``None`` means all the family has.
         mask_site: ``"qkv"`` multiplies head masks into q, k and v (Eq. 2), ``"context"`` into
             the attention output.
@@ -150,6 +165,10 @@ class PruningConfig:
     schedule: Schedule | None = None
     parameter_score: Literal["wanda", "gradient"] | None = None
     token_score: Literal["attention", "madtp"] | None = None
+    token_threshold: Literal["relative", "absolute"] | None = None
+    causal_mean: bool | None = None
+    head_reduce: Literal["max", "mean"] | None = None
+    rank_norm: Literal["kind", "layer"] = "kind"
     modes: tuple[str, ...] | None = None
     mask_site: Literal["qkv", "context"] = "qkv"
     merge: Literal["auto", "summary", "drop"] = "auto"
@@ -228,11 +247,7 @@ class PruningConfig:
     def switches(self) -> Method:
         """The method with this config's own switches put over it."""
         method = METHODS[self.method]
-        own = {
-            name: getattr(self, name)
-            for name in ("cip", "cit", "schedule", "parameter_score", "token_score")
-            if getattr(self, name) is not None
-        }
+        own = {name: getattr(self, name) for name in _SWITCHES if getattr(self, name) is not None}
         return dataclasses.replace(method, **own)
 
     @property
@@ -263,6 +278,17 @@ class PruningConfig:
         return cls(**values)
 
 
+_SWITCHES = (
+    "cip",
+    "cit",
+    "schedule",
+    "parameter_score",
+    "token_score",
+    "token_threshold",
+    "causal_mean",
+    "head_reduce",
+)
+
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "schedule": (
         None,
@@ -276,6 +302,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     ),
     "parameter_score": (None, "wanda", "gradient"),
     "token_score": (None, "attention", "madtp"),
+    "token_threshold": (None, "relative", "absolute"),
+    "head_reduce": (None, "max", "mean"),
+    "rank_norm": ("kind", "layer"),
     "mask_site": ("qkv", "context"),
     "merge": ("auto", "summary", "drop"),
     "val_metric": ("metric", "neg_loss"),

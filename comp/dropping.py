@@ -54,15 +54,20 @@ def drop_tokens(
     valid = state.flags(state.valid, default=True)
     protected = state.flags(state.protected, default=False)
     merge = handle.merges(block.stream)
-    count = handle.static_count(block)
-    if count is not None:
-        selection = select_count(count, scores, valid, protected, merge=merge)
+    fixed = handle.static_count(block)
+    if fixed is not None:
+        selection = select_count(fixed, scores, valid, protected, merge=merge)
         return gather_state(state, selection), selection.gather_scores(scores)
     fewest = handle.min_tokens[block.stream]
     if state.logits is not None:
         keep = keep_aligned(scores, state.logits, threshold, valid, protected, fewest)
     else:
-        keep = keep_above(scores, threshold, valid, protected, fewest)
+        count = None
+        if handle.switches.token_threshold == "absolute":
+            if state.first_count is None:
+                state.first_count = (valid & ~protected).sum(dim=1)
+            count = state.first_count
+        keep = keep_above(scores, threshold, valid, protected, fewest, count)
     selected = select(keep, scores, valid, merge=merge)
     if selected is None:
         return state, scores

@@ -230,6 +230,9 @@ class PruningHandle:
             "cip": self.switches.cip,
             "cit": self.switches.cit,
             "token_score": self.switches.token_score,
+            "token_threshold": self.switches.token_threshold,
+            "causal_mean": self.switches.causal_mean,
+            "head_reduce": self.switches.head_reduce,
         }
 
 

@@ -48,8 +48,15 @@ def token_importance(
     return column_scores(strongest_heads(attention, head_mask), valid, protected)
 
 
-def strongest_heads(attention: Tensor, head_mask: Tensor | None = None) -> Tensor:
+def strongest_heads(
+    attention: Tensor, head_mask: Tensor | None = None, *, reduce: str = "max"
+) -> Tensor:
     """Maximum over heads of attention ``(B, H, Q, N)`` under soft head masks (Eq. 7).
+
+    Args:
+        attention: Attention probabilities.
+        head_mask: Soft head masks in [0, 1], ``(H,)``. ``None`` leaves Eq. 7 out.
+        reduce: ``"mean"`` takes the mean over heads instead, as PyramidDrop does.
 
     Returns:
         ``(B, Q, N)``, float32, detached.
@@ -66,11 +73,16 @@ def strongest_heads(attention: Tensor, head_mask: Tensor | None = None) -> Tenso
             )
         mask = head_mask.detach().to(device=probabilities.device, dtype=probabilities.dtype)
         probabilities = probabilities * mask[:, None, None]
-    return probabilities.amax(dim=1)
+    return probabilities.amax(dim=1) if reduce == "max" else probabilities.mean(dim=1)
 
 
 def voted_importance(
-    attention: Tensor, votes: Tensor, scored: Tensor, head_mask: Tensor | None = None
+    attention: Tensor,
+    votes: Tensor,
+    scored: Tensor,
+    head_mask: Tensor | None = None,
+    *,
+    reduce: str = "max",
 ) -> Tensor:
     """Scores tokens by the attention that a few chosen queries pay them.
 
@@ -79,6 +91,7 @@ def voted_importance(
         votes: Which of the queries count, ``(B, Q)`` bool.
         scored: Which tokens are scored, ``(B, N)`` bool.
         head_mask: Soft head masks in [0, 1], ``(H,)``. ``None`` leaves Eq. 7 out.
+        reduce: How heads become one, ``"max"`` (Eq. 6) or ``"mean"`` (PyramidDrop).
 
     Returns:
         As ``token_importance``, over the scored tokens.
@@ -95,7 +108,7 @@ def voted_importance(
             f"votes and scored must be ({batch}, {queries}) and ({batch}, {num_tokens}), but got "
             f"{tuple(votes.shape)} and {tuple(scored.shape)}"
         )
-    sums = vote_sums(strongest_heads(attention, head_mask), votes)
+    sums = vote_sums(strongest_heads(attention, head_mask, reduce=reduce), votes)
     return normalise_scores(sums, scored)
 
 
@@ -143,6 +156,21 @@ def vote_sums(strongest: Tensor, votes: Tensor) -> Tensor:
         ``(B, N)``, float32.
     """
     return (votes.unsqueeze(2) * strongest).sum(dim=1)
+
+
+def mean_votes(sums: Tensor, visible: Tensor, votes: Tensor) -> Tensor:
+    """Turns sums over queries into means over those that can see a key.
+
+    Args:
+        sums: ``vote_sums`` of all queries, ``(B, N)``.
+        visible: Whether a query can see a key, ``(B or 1, N, N)`` bool.
+        votes: Which queries count, ``(B, N)`` bool.
+
+    Returns:
+        ``(B, N)``; 0 where no query that counts can see the key.
+    """
+    number = (visible & votes.unsqueeze(2)).sum(dim=1)
+    return sums / number.clamp(min=1)
 
 
 def normalise_scores(sums: Tensor, scored: Tensor) -> Tensor:

@@ -85,6 +85,8 @@ def rank_units(
     groups: Sequence[UnitGroup],
     statistics: ActivationStatistics,
     masks: Mapping[str, Tensor],
+    *,
+    by_layer: bool = False,
 ) -> list[RankedUnit]:
     """Ranks the alive units of some groups by their activations, least important first.
 
@@ -92,15 +94,18 @@ def rank_units(
         groups: The groups that compete.
         statistics: Activations behind the scores.
         masks: Masks that are in force; units at 0 are left out.
+        by_layer: See ``rank_scores``.
     """
     scores = {g.name: unit_scores(g, statistics) for g in groups if g.name in statistics.sums}
-    return rank_scores(groups, scores, masks)
+    return rank_scores(groups, scores, masks, by_layer=by_layer)
 
 
 def rank_scores(
     groups: Sequence[UnitGroup],
     scores: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
+    *,
+    by_layer: bool = False,
 ) -> list[RankedUnit]:
     """Ranks the alive units of some groups by given scores, lowest first.
 
@@ -110,6 +115,8 @@ def rank_scores(
         groups: The groups that compete.
         scores: Group name to scores ``(units,)``; a group without scores is left out.
         masks: Masks that are in force; units at 0 are left out.
+        by_layer: Divide scores by the mean size of their group's before, so that no layer is
+            pruned for having small activations as a whole.
 
     Source: UPop (arXiv 2301.13741), the unified ranking.
     """
@@ -123,7 +130,9 @@ def rank_scores(
             alive = torch.arange(group.num_units)
             if group.name in masks:
                 alive = masks[group.name].cpu().nonzero().flatten()
-            values.append(scores[group.name].cpu()[alive])
+            own = scores[group.name].cpu()[alive]
+            size = own.abs().mean()
+            values.append(own / size if by_layer and bool(size > 0) else own)
             names += [(group.name, int(unit)) for unit in alive]
         if names:
             for (name, unit), score in zip(

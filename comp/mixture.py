@@ -56,7 +56,14 @@ class Mixture:
         return whole.scatter_add(1, self.columns.unsqueeze(-1).expand_as(rows), rows)
 
     def scores(
-        self, query: Tensor, key: Tensor, scale: float, valid: Tensor, head_mask: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        scale: float,
+        valid: Tensor,
+        head_mask: Tensor | None,
+        *,
+        reduce: str = "max",
     ) -> Tensor:
         """Scores the droppable rows; attention is formed for the voters' rows only.
 
@@ -66,6 +73,7 @@ class Mixture:
             scale: Factor on the logits.
             valid: True for real rows, ``(B, N)``.
             head_mask: Soft head masks, ``(H,)``, or ``None``.
+            reduce: How heads become one, ``"max"`` or ``"mean"``.
 
         Returns:
             ``(B, N)``, float32; see ``comp.importance.voted_importance``.
@@ -79,7 +87,9 @@ class Mixture:
         visible = (order <= rows.unsqueeze(2)) & valid.unsqueeze(1)  # (B, V, N)
         logits = logits.float().masked_fill(~visible.unsqueeze(1), torch.finfo(torch.float32).min)
         votes = self.voters.gather(1, rows)
-        return voted_importance(logits.softmax(dim=-1), votes, self.scored, head_mask)
+        return voted_importance(
+            logits.softmax(dim=-1), votes, self.scored, head_mask, reduce=reduce
+        )
 
     def keep(
         self,

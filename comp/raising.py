@@ -176,16 +176,17 @@ class Raising:
     def _rank(self, groups: list[UnitGroup]) -> tuple[list[RankedUnit], Measurement]:
         """Ranks units by the method's score and measures what they cost on the same samples."""
         count, mixed = self._config.calibration_samples, self._config.autocast
+        by_layer = self._config.rank_norm == "layer"
         if self._config.switches.parameter_score == "gradient":
             scores = gradient_scores(self._handle, self._task, self._samples("train", count))
             cost = measure_cost(
                 self._handle.model, self._task, self._samples("train", count), mixed=mixed
             )
-            return rank_scores(groups, scores, self._handle.masks), cost
+            return rank_scores(groups, scores, self._handle.masks, by_layer=by_layer), cost
         statistics, cost = collect_statistics(
             self._handle, self._task, self._samples("train", count), mixed=mixed
         )
-        return rank_units(groups, statistics, self._handle.masks), cost
+        return rank_units(groups, statistics, self._handle.masks, by_layer=by_layer), cost
 
     def _samples(self, split: str, count: int) -> Iterator[Batch]:
         """The same first samples of a split every time, without augmentation."""

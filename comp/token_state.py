@@ -30,6 +30,7 @@ class TokenState:
         features: What these tokens have gathered in the layers so far, ``(B, T, D)``.
         origins: Where every row stood at first, -1 for a summary, ``(B, N)``; kept while a
             ``TokenTrace`` asks for it.
+        first_count: Scored tokens that the first layer had, ``(B,)``, for absolute thresholds.
         packing: How ``hidden`` is packed; ``None`` while it is a grid.
     """
 
@@ -44,6 +45,7 @@ class TokenState:
     logits: Tensor | None = None
     features: Tensor | None = None
     origins: Tensor | None = None
+    first_count: Tensor | None = None
     packing: Packing | None = None
 
     @property

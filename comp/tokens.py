@@ -135,7 +135,12 @@ class Selection:
 
 
 def keep_above(
-    scores: Tensor, threshold: float, valid: Tensor, protected: Tensor, min_tokens: int
+    scores: Tensor,
+    threshold: float,
+    valid: Tensor,
+    protected: Tensor,
+    min_tokens: int,
+    count: Tensor | None = None,
 ) -> Tensor:
     """Decides which tokens survive a relative threshold.
 
@@ -146,6 +151,8 @@ def keep_above(
         valid: True for real tokens, ``(B, N)``.
         protected: Tokens that always survive, ``(B, N)``.
         min_tokens: Unprotected tokens kept at least; the highest-scored ones fill up.
+        count: What scores are multiplied by instead, ``(B,)``: the scored tokens of the first
+            layer make the threshold absolute.
 
     Returns:
         True for the survivors, ``(B, N)`` bool.
@@ -154,8 +161,9 @@ def keep_above(
     """
     if threshold <= 0:
         return valid
-    count = (valid & ~protected).sum(dim=1, keepdim=True)
-    relative = scores.float() * count
+    if count is None:
+        count = (valid & ~protected).sum(dim=1)
+    relative = scores.float() * count.unsqueeze(1)
     return keep_if(relative > threshold, relative, valid, protected, min_tokens)
 
 

@@ -374,7 +374,8 @@ def test_feed_forward_layers_see_the_kept_rows_and_no_padding(
 @pytest.mark.parametrize("name", ["clip", "llava"])
 def test_a_causal_stream_cannot_merge_its_tokens(name: str) -> None:
     family = FAMILIES[name]
-    handle = attach(family.build(0), merge="summary")
+    handle = attach(family.build(0))
+    handle.merge = "summary"  # attach would have refused it
     handle.thresholds = dict(THRESHOLDS)
     with pytest.raises(ValueError, match="a causal stream cannot merge tokens; set merge='drop'"):
         family.outputs(handle.model, family.batch(3, 0))

@@ -1,16 +1,19 @@
 """Saved models come back the same in another process, and misfits are refused in a sentence."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from comp.checkpoint import load_pruned, save_pruned
+from comp.config import METHODS
 from comp.errors import CheckpointMismatch, UnsupportedModelError
 from comp.handle import handle_of
 from comp.models import attach
@@ -231,3 +234,30 @@ def test_shared_weights_are_pages_of_the_file_and_give_the_same_outputs(saved: P
     first = next(shared.parameters())
     first.add_(1.0)  # changes a copy of the page, not the file
     assert not torch.equal(next(load_pruned(saved).parameters()), first)
+
+
+@pytest.mark.parametrize(
+    ("family", "switch"),
+    [
+        ("blip-nlvr", {"token_threshold": "absolute"}),
+        ("clip", {"causal_mean": True}),
+        ("llava", {"head_reduce": "mean"}),
+    ],
+)
+def test_a_switch_of_token_scores_acts_and_is_saved(
+    family: str, switch: dict[str, Any], tmp_path: Path
+) -> None:
+    chosen = FAMILIES[family]
+    batch = chosen.batch(4, 0)
+    outputs = []
+    for changed in ({}, switch):
+        method = dataclasses.replace(METHODS["comp"], **changed)
+        handle = attach(chosen.build(0), switches=method)
+        handle.thresholds = {Stream.VISION: 0.6, Stream.TEXT: 0.6}
+        with torch.no_grad():
+            outputs.append(chosen.outputs(handle.model, batch))
+    assert not torch.allclose(outputs[0], outputs[1])
+    save_pruned(handle.model, tmp_path)
+    with torch.no_grad():
+        again = chosen.outputs(load_pruned(tmp_path), batch)
+    torch.testing.assert_close(again, outputs[1], rtol=0, atol=1e-5)

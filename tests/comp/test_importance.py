@@ -9,11 +9,13 @@ from torch import Tensor
 from comp.importance import (
     ActivationStatistics,
     column_scores,
+    mean_votes,
     normalise_scores,
     parameter_importance,
     scores_from_sums,
     token_importance,
     token_weights,
+    vote_sums,
     voted_importance,
     weighted_square_sums,
 )
@@ -314,3 +316,21 @@ def test_token_weights_must_fit_the_activation(activation: Tensor) -> None:
 def test_weight_and_activation_must_agree(activation: Tensor) -> None:
     with pytest.raises(ValueError, match="must agree on h, but got 7 and 6"):
         parameter_importance(torch.rand(WIDTH, CHANNELS + 1), activation)
+
+
+def test_means_over_those_that_see_a_key_do_not_favour_early_ones() -> None:
+    visible = torch.ones(5, 5, dtype=torch.bool).tril()[None]
+    votes = torch.tensor([[True, True, True, True, False]])
+    strongest = torch.full((1, 5, 5), 0.3) * visible
+    sums = vote_sums(strongest, votes)
+    assert sums[0].tolist() == pytest.approx([1.2, 0.9, 0.6, 0.3, 0.0])
+    assert mean_votes(sums, visible, votes)[0].tolist() == pytest.approx([0.3] * 4 + [0.0])
+
+
+def test_the_mean_over_heads_is_pyramid_drops() -> None:
+    attention = torch.rand(2, 3, 4, 5).softmax(dim=-1)
+    votes = torch.tensor([[True, False, True, False], [False, False, False, True]])
+    scored = torch.ones(2, 5, dtype=torch.bool)
+    found = voted_importance(attention, votes, scored, reduce="mean")
+    sums = (attention.mean(dim=1) * votes[..., None]).sum(dim=1)
+    torch.testing.assert_close(found, sums / sums.sum(dim=1, keepdim=True))

@@ -16,6 +16,7 @@ from comp.masks import (
     fade_,
     mask_value,
     obtainable_macs,
+    rank_scores,
     rank_units,
     standardise,
     unit_scores,
@@ -242,3 +243,13 @@ def test_a_choice_over_all_units_drops_what_was_obtainable(
     )
     assert choice.macs == obtainable_macs(groups, handle.alive(), prices, **arguments)
     assert choice.macs == 3 * (2 * 10 + 28)
+
+
+def test_a_layer_of_small_scores_is_not_pruned_for_its_size(handle: PruningHandle) -> None:
+    groups = [group for group in handle.groups.values() if group.kind == "channel"][:2]
+    own = torch.rand(groups[0].num_units) + 0.5
+    scores = {groups[0].name: own, groups[1].name: own[: groups[1].num_units] / 1000}
+    first = {entry.group for entry in rank_scores(groups, scores, {})[: groups[1].num_units]}
+    assert first == {groups[1].name}
+    mixed = rank_scores(groups, scores, {}, by_layer=True)[: groups[1].num_units]
+    assert {entry.group for entry in mixed} == {group.name for group in groups}

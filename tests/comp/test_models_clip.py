@@ -294,14 +294,6 @@ def test_a_later_word_changes_no_clip_state_before_it() -> None:
     assert torch.equal(before[:, :4], after[:, :4])
 
 
-def test_merging_words_of_a_causal_stream_is_refused() -> None:
-    model, batch = CLIP.build(0), CLIP.batch(4, 0)
-    handle = attach(model, merge="summary")
-    handle.thresholds = {Stream.TEXT: 0.8}
-    with pytest.raises(ValueError, match="set merge='drop'"):
-        text_output(model, batch)
-
-
 def test_the_end_token_counts_fully_in_parameter_scores() -> None:
     model, batch = CLIP.build(0), CLIP.batch(4, 0)
     handle = attach(model)

@@ -476,12 +476,6 @@ def test_a_prompt_in_chunks_is_refused() -> None:
         generated(handle.model, {"input_ids": ids}, prefill_chunk_size=4)
 
 
-def test_merging_dropped_tokens_is_refused() -> None:
-    handle = pruned(merge="summary")
-    with pytest.raises(ValueError, match="cannot merge tokens; set merge='drop'"):
-        handle.model(**FAMILY.batch(1, 0))
-
-
 # --- FLOPs -------------------------------------------------------------------------------------
 
 

@@ -40,6 +40,15 @@ def test_a_token_survives_if_its_relative_score_exceeds_the_threshold(
         ]
 
 
+def test_an_absolute_threshold_counts_the_tokens_of_the_first_layer(
+    scores: Tensor, valid: Tensor, protected: Tensor
+) -> None:
+    first = torch.full((SAMPLES,), 20)
+    keep = keep_above(scores, 0.8, valid, protected, 1, first)
+    assert torch.equal(keep, (20 * scores > 0.8) | (protected & valid))
+    assert int(keep.sum()) > int(keep_above(scores, 0.8, valid, protected, 1).sum())
+
+
 def test_a_threshold_of_zero_keeps_every_real_token(
     scores: Tensor, valid: Tensor, protected: Tensor
 ) -> None:
