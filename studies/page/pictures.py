@@ -80,6 +80,10 @@ def _data_uri(pixels: Any) -> str:
 
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     image.thumbnail((MAX_SIDE, MAX_SIDE))
-    stream = io.BytesIO()
-    image.save(stream, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    drawing, photograph = io.BytesIO(), io.BytesIO()
+    image.save(drawing, "PNG", optimize=True)
+    image.save(photograph, "JPEG", quality=85)
+    kind, data = min(
+        (("png", drawing.getvalue()), ("jpeg", photograph.getvalue())), key=lambda it: len(it[1])
+    )
+    return f"data:image/{kind};base64," + base64.b64encode(data).decode()

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from comp.modes import Stream
 from comp.results import StageRecord
 from orchestration.store import RunDirectory
+from studies.cli import cli
 from studies.comparison import Comparison, compare_sources
-from studies.page import write_page
+from studies.curves import Curve
+from studies.page import render, write_page
 from studies.page.content import content_of, importances_of, removed_by_mode
-from studies.sources import find_sources
+from studies.sources import Source, find_sources
 from tests.browser import (
     chromium,
     complaints,
@@ -151,6 +154,46 @@ def test_importances_are_those_of_the_study(tmp_path: Path) -> None:
 def test_the_file_must_be_html(comparison: Comparison, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must end in \.html, but got .*report\.pdf"):
         write_page(comparison, tmp_path / "report.pdf")
+
+
+def test_a_page_of_a_large_study_stays_under_2_megabytes() -> None:
+    """1,000 runs of 60 stages on a model of three times twelve layers."""
+    parts = ("heads", "channels", "tokens")
+    layers = {
+        f"{e}.{n}.{p}": 512.25
+        for e in ("vision", "text", "decoder")
+        for n in range(12)
+        for p in parts
+    }
+    many = tuple(stages() * 15)
+    sources = []
+    for number in range(1000):
+        points = [
+            make_point(r, layers=layers, val=80 - r * number / 100, gmacs=132.540712 * (1 - r))
+            for r in (0.0, 0.5, 0.6, 0.7, 0.8, 0.85)
+        ]
+        settings = {"num_stages": str(number), "exploration": f"{number / 7}"}
+        name = f"a-study-with-a-long-name-{number:04d}"
+        sources.append(Source(name, Curve(name, tuple(points), "s", number, settings), many))
+    content = content_of(compare_sources(sources, [], "val"), num_images=0)
+    assert len(content["curves"]) == 400
+    assert "The chart has the 400 runs of the highest rows." in content["subtitle"]
+    assert len(render(content)) < 2_000_000
+
+
+def test_the_command_writes_the_page_and_refuses_what_cannot_be_compared(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    run_of_first = comparison.sources[0].run
+    assert run_of_first is not None
+    words = ["compare", run_of_first.location, "--metric", "val", "--images", "0"]
+    target = tmp_path / "new" / "report.html"
+    done = CliRunner().invoke(cli, [*words, "--html", str(target)])
+    assert (done.exit_code, f"wrote {target}" in done.stdout) == (0, True)
+    assert data_of(target)["rows"][0]["name"] == run_of_first.job.run_id
+    refused = CliRunner().invoke(cli, [*words, "--at", "0.9"])
+    assert refused.exit_code == 2
+    assert "no run reaches ratio 0.9; the highest is 0.750" in refused.stderr
 
 
 # --- in a browser ------------------------------------------------------------------------------
