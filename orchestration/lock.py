@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from orchestration.storage import Storage, StorageError
+from orchestration.storage import Storage, StorageError, explaining
 
-LEASE = "driver.json"
+LOCK, LEASE = "driver.lock", "driver.json"
 BEAT_SECONDS = 10.0  # between two signs of life in an object store
 SILENT_BEATS = 4  # after so many without one the holder counts as dead
 
@@ -77,19 +77,26 @@ def hold_directory(directory: Path, study: str) -> Iterator[None]:
 
     Raises:
         LockHeld: If another process, or this one, holds it already.
+        StorageError: If the disk is full, read-only or otherwise unwilling.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "driver.lock").open("a+") as stream:
+    with explaining(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        opened = (directory / LOCK).open("a+")
+    with opened as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             stream.seek(0)
             owner = json.loads(stream.read() or "{}")
             raise LockHeld(study, owner.get("host", "this host"), owner.get("pid", 0)) from None
-        stream.truncate(0)
-        stream.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-        stream.flush()
-        yield
+        with explaining(directory):
+            stream.truncate(0)
+            stream.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+            stream.flush()
+        try:
+            yield
+        finally:
+            stream.truncate(0)  # see ``owner_of``
 
 
 @contextlib.contextmanager
@@ -157,6 +164,28 @@ def _wait_for_death(storage: Storage, study: str, beat: float) -> None:
         if not now:
             return
     raise LockHeld(study, seen.get("host", "another host"), seen.get("pid", 0))
+
+
+def owner_of(location: str) -> tuple[str, int] | None:
+    """Returns host and process id of a study's driver, without disturbing it.
+
+    A driver on another host counts as alive: from here nobody can tell.
+
+    Args:
+        location: The study's directory.
+
+    Returns:
+        ``None`` if no driver runs the study.
+    """
+    storage = Storage(location)
+    name = LEASE if storage.local is None else LOCK
+    try:
+        seen = json.loads(storage.read(name) or b"{}")
+    except (FileNotFoundError, ValueError):  # being written
+        seen = {}
+    if not seen or (seen["host"] == socket.gethostname() and not is_alive(seen["pid"])):
+        return None
+    return seen["host"], seen["pid"]
 
 
 def is_alive(pid: int) -> bool:

@@ -364,16 +364,27 @@ class Storage:
 
     @contextlib.contextmanager
     def _explained(self, name: str, verb: str = "write") -> Iterator[None]:
-        try:
+        with explaining(self.location if name == "." else join(self.location, name), verb):
             yield
-        except OSError as error:
-            if verb == "read" and isinstance(error, FileNotFoundError):
-                raise
-            where = self.location if name == "." else join(self.location, name)
-            raise StorageError(
-                f"cannot {verb} {where}: {_told(error)} and give the same command again, "
-                "finished stages are kept"
-            ) from error
+
+
+@contextlib.contextmanager
+def explaining(where: str | Path, verb: str = "write") -> Iterator[None]:
+    """Turns what a file system raises into a ``StorageError`` that names the place and a remedy.
+
+    Args:
+        where: What is being read or written.
+        verb: ``"read"``, which lets a ``FileNotFoundError`` through, or ``"write"``.
+    """
+    try:
+        yield
+    except OSError as error:
+        if verb == "read" and isinstance(error, FileNotFoundError):
+            raise
+        raise StorageError(
+            f"cannot {verb} {where}: {_told(error)} and give the same command again, "
+            "finished stages are kept"
+        ) from error
 
 
 def _check_inside(name: str) -> None:

@@ -8,11 +8,15 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+if TYPE_CHECKING:
+    from studies.folder import StudyFolder
+
 FAILURE, MISTAKE, LOCKED, INTERRUPTED = 1, 2, 3, 130
+DEFAULT_ROOT = "comp-runs"
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -178,3 +182,19 @@ def _plain(value: Any) -> Any:
 def say(text: str) -> None:
     """Prints something that is not the result; always on standard error."""
     click.echo(text, err=True)
+
+
+def find_folder(name: str, root: str | None) -> "StudyFolder":
+    """Returns the folder of a study that was started under a root.
+
+    Raises:
+        SpecError: If there is none.
+    """
+    from studies.folder import StudyFolder
+
+    return StudyFolder.find(root or DEFAULT_ROOT, name)
+
+
+def show_counts(counts: dict[str, int]) -> str:
+    """Returns trials by state in words."""
+    return ", ".join(f"{count} {state}" for state, count in counts.items()) or "none"

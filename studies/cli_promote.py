@@ -2,8 +2,7 @@
 
 import click
 
-from studies.cli_base import answer, common, example, mistakes, root_option
-from studies.cli_study import find_folder
+from studies.cli_base import answer, common, example, find_folder, mistakes, root_option
 
 
 @click.command(

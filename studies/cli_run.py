@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from studies.cli_base import (
+    DEFAULT_ROOT,
     Interrupted,
     Mistake,
     answer,
@@ -14,7 +15,7 @@ from studies.cli_base import (
     root_option,
     with_spec,
 )
-from studies.cli_study import DEFAULT_ROOT, conduct, inline_option
+from studies.cli_study import conduct, inline_option
 
 
 @click.command(epilog=example("comp prune my-run.yaml --set pruning.num_stages=20"))

@@ -2,8 +2,7 @@
 
 import click
 
-from studies.cli_base import answer, common, example, mistakes, root_option, say
-from studies.cli_study import find_folder
+from studies.cli_base import answer, common, example, find_folder, mistakes, root_option, say
 
 
 @click.command(epilog=example("comp study enqueue demo-vqa num_stages=12 exploration=0.1"))

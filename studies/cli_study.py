@@ -1,29 +1,32 @@
 """``comp study``: run, continue and look at what was run."""
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import click
 
 from studies.cli_base import (
+    DEFAULT_ROOT,
+    LOCKED,
     Interrupted,
     answer,
     common,
     example,
+    find_folder,
     mistakes,
     root_option,
     say,
+    show_counts,
     with_spec,
 )
-from studies.cli_jobs import address_option, attach, submit
+from studies.cli_jobs import JobEnded, address_option, attach, submit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-    from studies.folder import StudyFolder
     from studies.report import StudyReport
     from studies.spec import StudySpec
 
-DEFAULT_ROOT = "comp-runs"
 LAST_TRIALS = 40  # that status shows
 GO_ON = "the same command goes on"
 inline_option = click.option(
@@ -188,14 +191,17 @@ def conduct(
     """
     from studies.folder import StudyFolder
     from studies.report import read_report, report_metrics, write_report
-    from studies.session import conduct_study, send_report
+    from studies.session import conduct_study, send_missed, send_report
     from studies.summary import summarize
 
     folder, why = StudyFolder.of(spec), "finished"
     with mistakes():
         folder.check(spec)
-    if not folder.is_started or not summarize(folder, spec).is_finished:
-        outcome = conduct_study(spec, inline=inline)
+    if folder.is_started and summarize(folder, spec).is_finished:
+        send_missed(spec)
+    else:
+        with watchable(spec):
+            outcome = conduct_study(spec, inline=inline)
         why, counts = outcome.why, show_counts(outcome.counts)
         if why == "interrupted":
             raise Interrupted(f"stopped ({counts} of {spec.n_trials} trials); {GO_ON}")
@@ -216,17 +222,17 @@ def conduct(
     answer(as_json, {**report.to_dict(), **values}, "\n".join(lines))
 
 
-def find_folder(name: str, root: str | None) -> "StudyFolder":
-    """Returns the folder of a study that was started under a root.
+@contextlib.contextmanager
+def watchable(spec: "StudySpec") -> "Iterator[None]":
+    """Tells whoever finds a study taken how to watch it.
 
     Raises:
-        SpecError: If there is none.
+        JobEnded: With exit code 3, if another driver has it.
     """
-    from studies.folder import StudyFolder
+    from orchestration.lock import LockHeld
 
-    return StudyFolder.find(root or DEFAULT_ROOT, name)
-
-
-def show_counts(counts: dict[str, int]) -> str:
-    """Returns trials by state in words."""
-    return ", ".join(f"{count} {state}" for state, count in counts.items()) or "none"
+    try:
+        yield
+    except LockHeld as error:
+        words = f"comp study attach {spec.name} --root {spec.root}"
+        raise JobEnded(f"{error}; to watch it: {words}", LOCKED) from None

@@ -7,12 +7,13 @@ its own, which a killed driver would leave behind; whoever else reads sees whole
 import json
 import os
 from collections.abc import Iterable
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 
-from orchestration.storage import Storage
+from orchestration.storage import Storage, explaining
 
 
 class ObjectJournal(BaseJournalBackend):
@@ -59,16 +60,22 @@ class FileJournal(JournalFileBackend):
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
         self._path = path
-        self._stream: BinaryIO | None = None
+        self._stream: FileIO | None = None  # unbuffered: what failed must not be written later
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Adds entries at the end, after cutting off one that a dying driver left unfinished."""
-        if self._stream is None:
-            _cut_torn_end(self._path)
-            self._stream = self._path.open("ab")
+        """Adds entries at the end, after cutting off one that a dying driver left unfinished.
+
+        Raises:
+            StorageError: If the disk is full, read-only or otherwise unwilling.
+        """
         lines = [json.dumps(log, separators=(",", ":")) for log in logs]
-        self._stream.write("".join(f"{line}\n" for line in lines).encode())
-        self._stream.flush()
+        with explaining(self._path):
+            if self._stream is None:
+                _cut_torn_end(self._path)
+                self._stream = self._path.open("ab", buffering=0)
+            left = "".join(f"{line}\n" for line in lines).encode()
+            while left:  # a disk that fills up takes a part before it refuses
+                left = left[self._stream.write(left) :]
 
     def sync(self) -> None:
         """Makes everything that was added outlive a power cut."""

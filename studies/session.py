@@ -11,14 +11,14 @@ from pathlib import Path
 
 from orchestration.executor import Event, Executor, InlineExecutor, Resources
 from orchestration.job import DEFAULT_RUNNER, Failure, Job, JobEnd, Record
-from orchestration.lock import hold_location
+from orchestration.lock import LockHeld, hold_location
 from orchestration.progress import Progress
 from orchestration.storage import Storage, last_name
-from orchestration.store import list_runs, read_run
+from orchestration.store import Run, list_runs, read_run
 from orchestration.tracked import SCORES, TrackingError
 from orchestration.tracking import PLOTS, UNSYNCED, MlflowTracker, NullTracker, Tracker
 from studies.curves import area, curve_of
-from studies.driver import Consumer, Outcome, run_study
+from studies.driver import Outcome, run_study
 from studies.folder import StudyFolder
 from studies.jobs import SINGLE_RUNS, prune_job
 from studies.objectives import measure_curve
@@ -52,10 +52,13 @@ def conduct_study(
     @contextlib.contextmanager
     def open_executor() -> Iterator[Executor]:
         pool = InlineExecutor() if inline else on_ray(spec)
-        with pool as executor, stop_on_signals(switch, progress.print):
-            yield executor
+        with contextlib.closing(mirror):  # while the study is ours, so that MLflow has one writer
+            mirror.catch_up(StudyFolder.of(spec))
+            with pool as executor, stop_on_signals(switch, progress.print):
+                yield executor
 
-    with showing_progress() as progress, mirroring(spec, spec.name) as mirror:
+    mirror = Mirror(spec, spec.name)
+    with showing_progress() as progress:
         return run_study(
             spec,
             open_executor,
@@ -75,7 +78,7 @@ def conduct_run(spec: PruneSpec, *, runner: str = DEFAULT_RUNNER) -> JobEnd | Fa
     with (
         hold_location(job.run_dir, spec.name),
         showing_progress() as progress,
-        mirroring(spec, SINGLE_RUNS) as mirror,
+        contextlib.closing(Mirror(spec, SINGLE_RUNS)) as mirror,
         stop_on_signals(switch, progress.print),
         InlineExecutor() as executor,
     ):
@@ -124,47 +127,75 @@ def showing_progress() -> Iterator[Progress]:
         progress.close()
 
 
-@contextlib.contextmanager
-def mirroring(spec: RunSpec, experiment: str) -> Iterator[Consumer]:
-    """Gives a consumer that keeps MLflow up to date, and sends the rest at the end."""
-    tracker = open_tracker(spec, experiment)
-    scorer = ThreadPoolExecutor(1, "scores")  # a plot takes half a second of the driver's loop
+class Mirror:
+    """A consumer of events that keeps MLflow up to date.
 
-    def mirror(event: Event) -> None:
-        job = event.handle.job
-        if isinstance(event.body, JobEnd) and job.kind == "prune":
-            scorer.submit(score, job)
-        elif isinstance(event.body, (Record, JobEnd, Failure)):
-            tracker.touch(job.run_dir)
-
-    def score(job: Job) -> None:
-        try:
-            add_scores(job, spec)
-        except Exception as error:
-            _log.warning("run %s has no scores and no plot: %s", job.run_id, error)
-        tracker.touch(job.run_dir)
-
-    try:
-        yield mirror
-    finally:
-        scorer.shutdown()
-        tracker.close(timeout=CLOSE_SECONDS)
-
-
-def open_tracker(spec: RunSpec, experiment: str) -> Tracker:
-    """Opens the tracker that a spec asks for.
+    Args:
+        spec: Says where MLflow is, if anywhere.
+        experiment: Its name there.
 
     Raises:
         ValueError: If MLflow could not keep runs at its address.
     """
-    if not spec.tracking.enabled:
-        return NullTracker()
-    return MlflowTracker(
-        tracking_uri(spec),
-        experiment,
-        study=isinstance(spec, StudySpec),
-        system_metrics=spec.tracking.system_metrics,
-    )
+
+    def __init__(self, spec: RunSpec, experiment: str) -> None:
+        self._spec = spec
+        self._tracker: Tracker = NullTracker()
+        if spec.tracking.enabled:
+            self._tracker = MlflowTracker(
+                tracking_uri(spec),
+                experiment,
+                study=isinstance(spec, StudySpec),
+                system_metrics=spec.tracking.system_metrics,
+            )
+        # A plot would take half a second of the driver's loop.
+        self._scorer = ThreadPoolExecutor(1, "scores")
+
+    def __call__(self, event: Event) -> None:
+        """Takes one event in."""
+        job = event.handle.job
+        if isinstance(event.body, JobEnd) and job.kind == "prune":
+            self._scorer.submit(self._score, job)
+        elif isinstance(event.body, (Record, JobEnd, Failure)):
+            self._tracker.touch(job.run_dir)
+
+    def _score(self, job: Job) -> None:
+        try:
+            add_scores(job, self._spec)
+        except Exception as error:
+            _log.warning("run %s has no scores and no plot: %s", job.run_id, error)
+        self._tracker.touch(job.run_dir)
+
+    def catch_up(self, folder: StudyFolder) -> None:
+        """Sends what an earlier driver did not: it was killed, or MLflow was down.
+
+        Without this a run whose trial was told stays "running" in MLflow, since nobody touches
+        it again.
+        """
+        if self._spec.tracking.enabled:
+            for run in unsent_runs(folder):
+                self._take_up(run)
+
+    def _take_up(self, run: Run) -> None:
+        is_whole = run.outcome == "finished" and run.job.kind == "prune"
+        if is_whole and not Storage(run.location).exists(SCORES):
+            self._scorer.submit(self._score, run.job)
+        else:
+            self._tracker.touch(run.location)
+
+    def close(self) -> None:
+        """Sends what is left, or gives up after a while without progress."""
+        self._scorer.shutdown()
+        self._tracker.close(timeout=CLOSE_SECONDS)
+
+
+def send_missed(spec: StudySpec) -> None:
+    """Sends what MLflow lacks of a study that needs no driver any more; waits a bounded time."""
+    folder = StudyFolder.of(spec)
+    if spec.tracking.enabled and unsent_runs(folder):
+        mirror = contextlib.closing(Mirror(spec, spec.name))
+        with contextlib.suppress(LockHeld), folder.hold(), mirror as sender:
+            sender.catch_up(folder)
 
 
 REPORT_FILES = ("spec.yaml", "report.md", "report.json", "curves.png", "curves.parquet")
@@ -237,6 +268,12 @@ def sync_study(folder: StudyFolder, *, everything: bool = False) -> tuple[list[s
             tracker.sync(location)
             sent.append(last_name(location))
     return sent, len(mine)
+
+
+def unsent_runs(folder: StudyFolder) -> list[Run]:
+    """Returns a study's runs of which MLflow may lack something."""
+    marked = [path for path in list_runs(folder.runs) if Storage(path).exists(UNSYNCED)]
+    return [run for run in map(read_run, marked) if run.job.study == folder.name]
 
 
 def runs_of(folder: StudyFolder) -> Sequence[str]:

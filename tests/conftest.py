@@ -4,6 +4,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +37,16 @@ def ray_cluster() -> Iterator[str]:
 
     with connect(num_cpus=4) as cluster:
         yield cluster.address
+
+
+@pytest.fixture(scope="session")
+def mlflow_tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database, to be copied: making its tables takes seconds."""
+    from orchestration.tracking import _make_tables
+
+    database = tmp_path_factory.mktemp("mlflow-tables") / "mlflow.db"
+    _make_tables(database)
+    return database
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,16 +1,12 @@
 """The MLflow mirror: what it shows, and that it can be down, back, or asked twice."""
 
-import contextlib
 import logging
-import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +23,7 @@ from orchestration.tracking import (
     NullTracker,
     TrackingError,
 )
+from tests.mlflow_server import Server
 from tests.orchestration.trials import disturb, make_job, make_point, make_stage
 
 MIRROR = """
@@ -270,63 +267,48 @@ def test_the_null_tracker_has_nothing_left() -> None:
     assert tracker.close() == []
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def mlflow_server(port: int, directory: Path) -> Iterator[str]:
-    """A real MLflow server on loopback, in a process group of its own."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{directory}/server.db"]
-    command += ["--artifacts-destination", str(directory / "artifacts")]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (directory / "server.log").open("wb") as log:
-        server = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=1):
-                break
-            assert server.poll() is None, (directory / "server.log").read_text()
-            time.sleep(0.2)
-        yield url
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+def until_sent(job: Job) -> None:
+    deadline = time.monotonic() + 90
+    while (Path(job.run_dir) / "unsynced").exists():
+        assert time.monotonic() < deadline, f"{job.run_id} is not sent"
+        time.sleep(0.1)
 
 
 @pytest.mark.chaos
-def test_a_server_that_is_down_then_back_then_down_loses_nothing(
+def test_a_server_that_is_down_then_back_then_slow_then_down_loses_nothing(
     tmp_path: Path, store: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copy(store.removeprefix("sqlite:///"), tmp_path / "server.db")  # saves migrations
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    first, second = finished(make_job(tmp_path)), make_job(tmp_path, run="s-0001")
-    tracker = MlflowTracker(url, "chaos")
+    server = Server(tmp_path)
+    first, second, third = (make_job(tmp_path, run=f"s-000{number}") for number in range(3))
+    tracker = MlflowTracker(server.url, "chaos")
     with caplog.at_level(logging.WARNING):
-        tracker.touch(first.run_dir)
+        tracker.touch(finished(first).run_dir)
         time.sleep(1.0)
     assert caplog.text.count("results go on to disk") == 1
     assert (tmp_path / "s-0000" / "unsynced").exists()
 
-    with mlflow_server(port, tmp_path):
-        deadline = time.monotonic() + 60
-        while (tmp_path / "s-0000" / "unsynced").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        run = only_run(url, "chaos")
-        assert run.info.status == "FINISHED"
-        assert len(history(url, run, "val")) == 3
+    with server:
+        until_sent(first)
+        server.send(signal.SIGSTOP)  # takes connections and answers none
+        for _ in worker.run(second):
+            began = time.monotonic()
+            tracker.touch(second.run_dir)
+            assert time.monotonic() - began < 1.0
+        time.sleep(1.0)
+        server.send(signal.SIGCONT)
+        until_sent(second)
+        found = MlflowClient(server.url).get_experiment_by_name("chaos")
+        assert found is not None
+        runs = MlflowClient(server.url).search_runs([found.experiment_id])
+        assert {run.info.run_name for run in runs} == {"s-0000", "s-0001"}
+        for run in runs:
+            assert run.info.status == "FINISHED"
+            points = MlflowClient(server.url).get_metric_history(run.info.run_id, "val")
+            in_time = sorted(points, key=lambda point: point.timestamp)
+            assert [point.step for point in in_time] == [0, 250, 500]
 
-    for _ in worker.run(second):
-        tracker.touch(second.run_dir)
-    assert tracker.close(timeout=5.0) == [second.run_dir]
-    assert (tmp_path / "s-0001" / "unsynced").exists()
-    assert read_run(second.run_dir).outcome == "finished"
+    tracker.touch(finished(third).run_dir)
+    assert tracker.close(timeout=5.0) == [third.run_dir]
+    assert (tmp_path / "s-0002" / "unsynced").exists()
+    assert read_run(third.run_dir).outcome == "finished"
