@@ -257,6 +257,11 @@ def read_run(location: str | Path) -> Run:
     )
 
 
+def read_header(location: str | Path) -> dict[str, Any] | None:
+    """Returns what a run directory says of itself (``job.json``); ``None`` if it is none."""
+    return _read_json(Storage(location), "job.json")
+
+
 def list_runs(root: str | Path) -> list[str]:
     """Returns the locations of the run directories directly under ``root``, sorted by name."""
     storage = Storage(root)

@@ -22,7 +22,6 @@ from studies.curves import (
     write_points,
 )
 from studies.paired import Difference, paired_difference
-from studies.plots import plot_runs
 from studies.report import columns
 from studies.sources import Source
 
@@ -192,6 +191,8 @@ class Comparison:
                 write_points([row for row in rows if row is not None], path)
                 written.append(path)
         if plot is not None:
+            from studies.plots import plot_runs
+
             plot.parent.mkdir(parents=True, exist_ok=True)
             title = f"{len(self.curves)} runs on {self.curves[0].last.task}"
             target = plot.with_suffix("")

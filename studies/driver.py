@@ -19,6 +19,7 @@ from studies.curves import Curve
 from studies.folder import StudyFolder
 from studies.jobs import cell_of, dense_job, trial_jobs
 from studies.objectives import judge
+from studies.run_index import write_index
 from studies.spec import StudySpec
 from studies.stage_reports import Report, StageReports
 from studies.study import OpenTrial, Study
@@ -76,7 +77,9 @@ def run_study(
         folder.freeze(spec)
         with open_executor() as executor, executor.hold(spec.name):
             driver = Driver(spec, executor, consumers, should_stop=should_stop, runner=runner)
-            return driver.run()
+            outcome = driver.run()
+        write_index(folder)
+        return outcome
 
 
 @dataclass(eq=False)

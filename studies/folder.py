@@ -5,6 +5,7 @@
     <root>/studies/<study>/spec.yaml       the resolved spec, frozen
                            study.json      its hash and the version that wrote it; written last
                            enqueued/       settings that people want tried, see requests.py
+                           runs.jsonl      the points of finished runs, see run_index.py
                            optuna.journal  Optuna's storage, unless the spec names a URL
                            report.md report.json curves.png curves.svg curves.parquet
     <root>/runs/<run id>/                  one run each; see orchestration/store.py

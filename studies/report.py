@@ -1,6 +1,5 @@
 """What came out of a study: a table for people, JSON for programs, the plot of the curves."""
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from orchestration.store import Run, read_run
 from studies.curves import Curve, Spread, curve_of, pareto_front, spread, write_points
 from studies.folder import StudyFolder, write_atomically
 from studies.goals import Measure, objective_name
-from studies.plots import plot_study
+from studies.run_index import read_point_runs
 from studies.spec import StudySpec
 from studies.summary import StudySummary, TrialSummary, summarize
 
@@ -159,14 +158,14 @@ def read_report(folder: StudyFolder) -> StudyReport:
     """Reads a study and the curves of its trials from disk."""
     spec = folder.read_spec()
     summary = summarize(folder, spec)
+    have = {run.job.run_id: run for run in read_point_runs(folder)}
     found = {}
     for trial in summary.trials:
         for run_id in trial.runs:
-            with contextlib.suppress(FileNotFoundError):
-                run = read_run(folder.run(run_id))
-                curve = curve_of(run)
-                if curve is not None:
-                    found[run_id] = (run, curve)
+            run = have.get(run_id) or _read_copied(folder, run_id)
+            curve = curve_of(run) if run else None
+            if run is not None and curve is not None:
+                found[run_id] = (run, curve)
     best_runs = summary.best.runs if summary.best else ()
     best = tuple(found[run_id][1] for run_id in best_runs if run_id in found)
     return StudyReport(
@@ -179,6 +178,14 @@ def read_report(folder: StudyFolder) -> StudyReport:
     )
 
 
+def _read_copied(folder: StudyFolder, run_id: str) -> Run | None:
+    """Reads a run of an earlier study, whose trials a warm start has copied."""
+    try:
+        return read_run(folder.run(run_id))
+    except FileNotFoundError:
+        return None
+
+
 def write_report(folder: StudyFolder, report: StudyReport) -> list[str]:
     """Writes the plot, the points and the report into the study's folder.
 
@@ -186,6 +193,8 @@ def write_report(folder: StudyFolder, report: StudyReport) -> list[str]:
         ``curves.png``, ``curves.svg``, ``curves.parquet``, ``report.json`` and ``report.md``;
         nothing if no run has a point.
     """
+    from studies.plots import plot_study
+
     if not report.curves:
         return []
     spec = report.spec

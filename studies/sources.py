@@ -1,18 +1,20 @@
 """Where compared curves come from: run directories, whole studies, MLflow tracking servers."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from comp.config import nearest
 from comp.results import StageRecord
-from orchestration.storage import Storage, join, parent
+from orchestration.storage import Storage, absolute, join, parent
 from orchestration.store import Run, list_runs, read_run
 from orchestration.tracked import is_tracking_uri
 from studies.curves import Curve, curve_of, settings_of
 from studies.errors import SpecError
+from studies.folder import StudyFolder
+from studies.run_index import read_point_runs
 
 if TYPE_CHECKING:
     from orchestration.tracking_reader import TrackedRun
@@ -53,7 +55,7 @@ def find_sources(
         names: What a person typed.
         root: Where run ids and names of studies are looked up.
         experiments: On tracking servers, the only experiments to read; all if empty.
-        with_stages: Read stages from tracking servers too, one file a run.
+        with_stages: Read stages of whole studies and tracking servers too, a file or more a run.
 
     Raises:
         SpecError: If a name is none of these, or no run is found.
@@ -65,7 +67,7 @@ def find_sources(
         if name in servers:
             sources += _from_server(name, experiments, with_stages=with_stages)
         else:
-            sources += [Source.of(run) for run in find_runs([name], root)]
+            sources += [Source.of(run) for run in find_runs([name], root, with_stages=with_stages)]
     unique = {source.run.location if source.run else source.name: source for source in sources}
     return list(unique.values())
 
@@ -85,16 +87,20 @@ def _of_tracked(run: "TrackedRun") -> Source:
     return Source(run.name, curve, tuple(run.stages))
 
 
-def find_runs(names: Sequence[str], root: str | Path) -> list[Run]:
+def find_runs(names: Sequence[str], root: str | Path, *, with_stages: bool = True) -> list[Run]:
     """Finds runs by directory, run id or study, each once and in the order named.
+
+    Args:
+        names: What a person typed.
+        root: Where run ids and names of studies are looked up.
+        with_stages: Read the stages of a study's runs too, from their own directories.
 
     Raises:
         SpecError: If a name is none of these.
     """
     found: dict[str, Run] = {}
     for name in names:
-        for location in _locations(name, root):
-            run = read_run(location)
+        for run in _runs(name, root, with_stages=with_stages):
             if run.job.kind == "prune":
                 found.setdefault(run.location, run)
     if not found:
@@ -105,17 +111,20 @@ def find_runs(names: Sequence[str], root: str | Path) -> list[Run]:
     return list(found.values())
 
 
-def _locations(name: str, root: str | Path) -> list[str]:
+def _runs(name: str, root: str | Path, *, with_stages: bool) -> Iterator[Run]:
     for place in (name, join(root, "runs", name)):
         if Storage(place).exists("job.json"):
-            return [place]
+            yield read_run(place)
+            return
     for place in (name, join(root, "studies", name)):
         if Storage(place).exists("study.json"):
             study = json.loads(Storage(place).read("study.json"))["name"]
-            runs = list_runs(join(parent(place, 2), "runs"))
-            return [location for location in runs if read_run(location).job.study == study]
+            runs = read_point_runs(StudyFolder(absolute(parent(place, 2)), study))
+            yield from (read_run(run.location) for run in runs) if with_stages else runs
+            return
     if name not in ("", ".") and Storage(name).exists("runs"):
-        return list_runs(join(name, "runs"))
+        yield from map(read_run, list_runs(join(name, "runs")))
+        return
     known = [*Storage(join(root, "studies")).names(), *Storage(join(root, "runs")).names()]
     raise SpecError(
         f"{name!r} is no run directory, and no run or study under {root}{nearest(name, known)}"

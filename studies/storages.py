@@ -13,7 +13,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import optuna
-import sqlalchemy.exc
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage
 from optuna.storages.journal import JournalStorage
@@ -93,6 +92,8 @@ def open_url(url: str) -> BaseStorage:
 
 def _open_database(url: str, engine: dict[str, Any]) -> optuna.storages.RDBStorage:
     """Opens a database; of several drivers that find it empty, one makes Optuna's tables."""
+    import sqlalchemy.exc
+
     for _ in range(TRIES):
         try:
             return optuna.storages.RDBStorage(url, engine_kwargs=engine)
@@ -126,7 +127,11 @@ def explaining(url: str) -> Iterator[None]:
     """
     try:
         yield
-    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
+    except Exception as error:
+        # A journal needs no SQLAlchemy, whose import takes longer than reading it.
+        is_database = type(error).__module__.startswith("sqlalchemy")
+        if not is_database and not isinstance(error, StorageInternalError):
+            raise
         origin = getattr(error, "orig", None) or error.__cause__ or error
         lines = [line.strip() for line in str(origin).splitlines() if line.strip()]
         reason = " ".join(lines[:2]) or type(origin).__name__

@@ -1,0 +1,56 @@
+"""The file that lets a large study be read in seconds, and the directories that are the truth."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from orchestration.store import read_run
+from studies.driver import run_study
+from studies.folder import StudyFolder
+from studies.run_index import INDEX, read_point_runs, write_index
+from tests.studies.synthetic import RUNNER, SlotsExecutor, make_spec
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> StudyFolder:
+    spec = make_spec(tmp_path, "n_trials=3")
+    run_study(spec, lambda: SlotsExecutor(2), runner=RUNNER)
+    return StudyFolder.of(spec)
+
+
+def test_the_points_are_those_of_the_directories(folder: StudyFolder) -> None:
+    assert (folder.path / INDEX).exists()
+    runs = read_point_runs(folder)
+    assert [run.job.run_id for run in runs] == ["s-0000", "s-0001", "s-0002", "s-dense"]
+    for run in runs:
+        there = read_run(run.location)
+        assert run.points == there.points
+        assert (run.job, run.uid, run.outcome) == (there.job, there.uid, there.outcome)
+        assert run.stages == []
+
+
+def test_a_finished_run_is_read_from_the_file_alone(
+    folder: StudyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(location: str) -> None:
+        raise AssertionError(f"{location} was read")
+
+    monkeypatch.setattr("studies.run_index.read_run", refuse)
+    assert len(read_point_runs(folder)) == 4
+
+
+def test_a_run_that_was_made_anew_is_read_anew(folder: StudyFolder) -> None:
+    first, second = folder.run("s-0001"), folder.run("s-0002")
+    shutil.rmtree(first)
+    shutil.copytree(second, first, copy_function=shutil.copy)
+    points = {run.location: run.points for run in read_point_runs(folder)}
+    assert points[first] == read_run(second).points
+
+
+def test_a_removed_run_is_gone_and_a_missing_file_is_made_again(folder: StudyFolder) -> None:
+    shutil.rmtree(folder.run("s-0001"))
+    (folder.path / INDEX).unlink()
+    write_index(folder)
+    assert (folder.path / INDEX).read_text().count("\n") == 3
+    assert len(read_point_runs(folder)) == 3
