@@ -442,6 +442,17 @@ def total_cpus() -> float:
     return float(_ray.cluster_resources().get("CPU", 0.0))
 
 
+def use_of_resources() -> dict[str, tuple[float, float]]:
+    """Returns what the cluster has in use and in all: nodes, CPUs and, if there are any, GPUs."""
+    total, free = _ray.cluster_resources(), _ray.available_resources()
+    nodes = float(sum(node["Alive"] for node in _ray.nodes()))
+    found = {"nodes": (nodes, nodes)}
+    for name, label in (("CPU", "CPUs"), ("GPU", "GPUs")):
+        if total.get(name):
+            found[label] = (total[name] - free.get(name, 0.0), total[name])
+    return found
+
+
 def check_fits(resources: Resources) -> None:
     """Refuses slots that no node of the cluster could ever hold.
 

@@ -8,7 +8,7 @@ from studies.cli_data import data, presets
 from studies.cli_model import diagnose, evaluate, measure
 from studies.cli_promote import promote
 from studies.cli_run import compare, demo, prune
-from studies.cli_search import enqueue, proxy
+from studies.cli_search import enqueue, proxy, watch
 from studies.cli_study import study
 from studies.cli_train import models, train
 
@@ -29,7 +29,7 @@ def cli() -> None:
     """
 
 
-for _command in (enqueue, promote, proxy):
+for _command in (watch, enqueue, promote, proxy):
     study.add_command(_command)
 for _command in (
     demo,

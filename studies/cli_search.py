@@ -1,4 +1,4 @@
-"""``comp study enqueue`` and ``proxy``: what people hand to a search from outside."""
+"""``comp study enqueue``, ``watch`` and ``proxy``: a study that runs, from another terminal."""
 
 import click
 
@@ -56,3 +56,40 @@ def proxy(database: str, host: str, port: int, as_json: bool) -> None:
         refuse_password("database", database, "PGPASSWORD")
     say(f"serving at grpc://{host}:{port}; Ctrl-C ends it")
     serve_proxy(database, host, port)
+
+
+@click.command(epilog=example("comp study watch demo-vqa"))
+@click.argument("name")
+@click.option(
+    "--interval",
+    default=2.0,
+    show_default=True,
+    type=click.FloatRange(0.1),
+    help="Seconds between two looks.",
+)
+@root_option
+@common
+def watch(name: str, interval: float, root: str | None, as_json: bool) -> None:
+    """Watch a study that runs elsewhere: trials, stages, the best so far, time left.
+
+    It reads files (and the study's database, if it has one) and ends when the study does. Where
+    output is no terminal, everything that happens is a line. Ctrl-C ends the watching alone.
+    """
+    from rich.console import Console
+
+    from studies.overview import Watcher
+    from studies.report import trial_dict
+    from studies.watch_screen import watch as show
+
+    with mistakes():
+        folder = find_folder(name, root)
+    console = Console(stderr=as_json, highlight=False)
+    lines = say if as_json else click.echo
+    try:
+        view = show(Watcher(folder), interval, console, lines)
+    except KeyboardInterrupt:
+        return
+    if as_json:
+        front = [trial_dict(trial) for trial in view.summary.front]
+        counts = view.summary.counts
+        answer(True, {"study": name, "counts": counts, "front": front}, "")

@@ -22,6 +22,7 @@ from studies.driver import Outcome, run_study
 from studies.folder import StudyFolder
 from studies.jobs import SINGLE_RUNS, prune_job
 from studies.objectives import measure_curve
+from studies.pulse import leaving_pulse
 from studies.spec import PruneSpec, RunSpec, StudySpec
 from studies.specfile import tracking_uri
 from studies.stopping import StopSwitch, stop_on_signals
@@ -54,7 +55,11 @@ def conduct_study(
         pool = InlineExecutor() if inline else on_ray(spec)
         with contextlib.closing(mirror):  # while the study is ours, so that MLflow has one writer
             mirror.catch_up(StudyFolder.of(spec))
-            with pool as executor, stop_on_signals(switch, progress.print):
+            with (
+                pool as executor,
+                stop_on_signals(switch, progress.print),
+                leaving_pulse(StudyFolder.of(spec), _no_cluster if inline else _cluster),
+            ):
                 yield executor
 
     mirror = Mirror(spec, spec.name)
@@ -66,6 +71,16 @@ def conduct_study(
             should_stop=switch.is_pressed,
             runner=runner,
         )
+
+
+def _no_cluster() -> dict[str, tuple[float, float]]:
+    return {}
+
+
+def _cluster() -> dict[str, tuple[float, float]]:
+    from orchestration.cluster import use_of_resources
+
+    return use_of_resources()
 
 
 def conduct_run(spec: PruneSpec, *, runner: str = DEFAULT_RUNNER) -> JobEnd | Failure:

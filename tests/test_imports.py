@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "pydantic": ("studies/*",),
     "ray": ("orchestration/ray_*.py", "orchestration/cluster.py"),
     "resvg_py": ("comp/data/*",),
+    "rich": ("studies/watch_screen.py", "studies/cli_search.py"),
     "sqlalchemy": ("orchestration/tracking_reader.py", "studies/storages.py"),
     "studies": ("studies/*",),
     "yaml": ("studies/*",),
