@@ -23,6 +23,7 @@ from studies.overview import (
 from studies.report import params_text, value_text
 
 MAX_FRONT = 8
+WIDE = 80  # columns, from which on there is room for the settings of the front
 
 
 def watch(watcher: Watcher, interval: float, console: Console, say: Callable[[str], None]) -> View:
@@ -69,7 +70,7 @@ def screen_of(view: View, console: Console) -> Group:
     parts.append(_line(best_line(view), "green" if view.summary.best else ""))
     room -= min(room, len(view.live) + 2)
     if len(spec.objective) > 1 and view.summary.front:
-        parts += [Text(""), _front(view, min(MAX_FRONT, room))]
+        parts += [Text(""), _front(view, min(MAX_FRONT, room), is_wide=console.width >= WIDE)]
     return Group(*parts)
 
 
@@ -86,16 +87,18 @@ def _runs(view: View, room: int) -> Table:
     return table
 
 
-def _front(view: View, room: int) -> Table:
+def _front(view: View, room: int, *, is_wide: bool) -> Table:
     front = view.summary.front[: max(1, room)]
     rest = len(view.summary.front) - len(front)
     title = "Pareto front" + (f" (and {rest} more)" if rest else "")
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    table.add_column("trial", justify="right")
+    table.add_column("trial", justify="right", no_wrap=True)
     for measure in view.spec.objective:
-        table.add_column(measure.label, justify="right")
-    table.add_column("chosen", no_wrap=True, overflow="ellipsis")
+        table.add_column(measure.label, justify="right", no_wrap=True)
+    if is_wide:
+        table.add_column("chosen", no_wrap=True, overflow="ellipsis")
     for trial in front:
         values = [value_text(trial, index) for index in range(len(view.spec.objective))]
-        table.add_row(str(trial.number), *values, params_text(trial))
+        chosen = [params_text(trial)] if is_wide else []
+        table.add_row(str(trial.number), *values, *chosen)
     return table
