@@ -117,6 +117,8 @@ class RayExecutor:
         self._start_timeout = start_timeout
         self._cancel_grace = cancel_grace
         self._pending: deque[Handle] = deque()
+        self._queued: dict[Handle, float] = {}  # of those, since when
+        self._start_seconds = 0.0  # that the last actor took to come up
         self._resting: dict[Handle, float] = {}  # pending ones, until when they pause
         self._retries: dict[Handle, Retries] = {}  # of every unfinished job and fork
         self._family = Family()
@@ -171,7 +173,7 @@ class RayExecutor:
         if not self._retries:
             self._last_progress = time.monotonic()
         self._retries[handle] = Retries(self._rules)
-        self._pending.append(handle)
+        self._enqueue(handle, first=False)
         return handle
 
     def events(self) -> Iterator[Event]:
@@ -210,16 +212,31 @@ class RayExecutor:
         events, self._outbox = self._outbox, []
         return events
 
+    def _enqueue(self, handle: Handle, *, first: bool = True) -> None:
+        """Lets a job or fork wait for a worker, before the others or behind them."""
+        (self._pending.appendleft if first else self._pending.append)(handle)
+        self._queued[handle] = time.monotonic()
+
     def _top_up(self) -> None:
         """Starts as many actors as there are jobs to run, up to the number of slots."""
         num_actors = len(self._starting) + len(self._idle) + len(self._busy)
         wanted = min(self._num_slots, self._num_active) - num_actors
-        if wanted <= 0 or time.monotonic() < self._next_start:
+        if wanted <= 0 or time.monotonic() < self._next_start or not self._is_worth_a_start():
             return
         self._next_start = time.monotonic() + TOP_UP_PAUSE
         for _ in range(min(wanted, self._starts_at_once())):
             slot = _Slot(self._actor_class.remote(self._max_growth_mib), time.monotonic())
             self._starting[slot.actor.where.remote()] = slot
+
+    def _is_worth_a_start(self) -> bool:
+        """Tells whether a job has waited for longer than an actor takes to start.
+
+        Where jobs last for milliseconds, those that run soon take the ones that wait.
+        """
+        if not self._idle and not self._busy:
+            return True
+        oldest = min((self._queued[handle] for handle in self._pending), default=None)
+        return oldest is not None and time.monotonic() - oldest > self._start_seconds
 
     def _starts_at_once(self) -> int:
         """Returns how many actors may start now, so that they come up one by one and not all late.
@@ -239,12 +256,15 @@ class RayExecutor:
         """Makes an actor that has started, or finished a cancelled job, available."""
         slot = self._starting.pop(reference)
         try:
+            is_new = slot.place is None
             slot.place = ray.get(reference)
         except RayError as error:
             _log.warning("a worker did not start: %s", _last_line(error))
             self._next_start = time.monotonic() + RESTART_PAUSE
             return
         self._last_progress = time.monotonic()
+        if is_new:
+            self._start_seconds = self._last_progress - slot.since
         self._idle.append(slot)
         self._dispatch()
 
@@ -272,6 +292,7 @@ class RayExecutor:
         if handle is not None:
             self._pending.remove(handle)
             self._resting.pop(handle, None)
+            self._queued.pop(handle, None)
         return handle
 
     def _take_idle(self, job: Job) -> _Slot:
@@ -327,11 +348,11 @@ class RayExecutor:
             fork = self._family.add(handle, item)
             if fork is not None:
                 self._retries[fork] = Retries(self._rules)
-                self._pending.appendleft(fork)
+                self._enqueue(fork)
             return
         self._release(stream, recycle=False)
         if not self._family.suspend(handle):
-            self._pending.appendleft(handle)
+            self._enqueue(handle)
 
     def _release(self, stream: Any, *, recycle: bool) -> None:
         """Makes an actor available, or replaces it."""
@@ -355,7 +376,7 @@ class RayExecutor:
         elif isinstance(event.body, Failure):
             self._stop(self._family.head(handle), event.body)
         elif (waiting := self._family.end(handle)) is not None:
-            self._pending.appendleft(waiting)
+            self._enqueue(waiting)
 
     def _lose(
         self,
@@ -375,7 +396,7 @@ class RayExecutor:
         if again := retries.next(handle.job, kind):
             handle.job = again.job
             self._resting[handle] = time.monotonic() + again.pause
-            self._pending.appendleft(handle)
+            self._enqueue(handle)
             text = f"{again.label} after its last stage; lost {slot.place}: {reason}"
             notice = Notice("retrying", text, handle.job.attempt)
             self._outbox.append(Event(self._family.head(handle), notice))
@@ -439,6 +460,7 @@ class RayExecutor:
         if handle in self._pending:
             self._pending.remove(handle)
             self._resting.pop(handle, None)
+            self._queued.pop(handle, None)
         for stream, slot in list(self._busy.items()):
             if slot.handle is handle:
                 del self._busy[stream]
@@ -464,6 +486,7 @@ class RayExecutor:
         for collection in (self._starting, self._idle, self._busy, self._pending, self._retries):
             collection.clear()
         self._family.clear()
+        self._queued.clear()
 
     def __enter__(self) -> Self:
         return self

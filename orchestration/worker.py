@@ -110,7 +110,7 @@ def prune(job: Job, directory: RunDirectory) -> Iterator[Record | Fork | Suspend
     if job.kind == "prune" and forks.is_over(directory):
         yield from _wait_for_forks(directory)
         return
-    loaded, task = _load(job.model, job.task, job.data)
+    loaded, task = load(job.model, job.task, job.data)
     try:
         yield from work_on(job, directory, loaded, task)
     finally:
@@ -160,7 +160,7 @@ def prune_loaded(
         NanLoss: If the loss stops being finite.
     """
     if not forks.is_over(directory):
-        pruner = _pruner(job, loaded, task)
+        pruner = new_pruner(job, loaded, task)
         if directory.records:
             with directory.latest_state() as state:
                 pruner.restore(state)
@@ -194,7 +194,7 @@ def fine_tune_snapshot(
     if directory.records:
         return
     assert job.ratio is not None
-    pruner, trajectory = _pruner(job, loaded, task), Storage(forks.trajectory_of(job))
+    pruner, trajectory = new_pruner(job, loaded, task), Storage(forks.trajectory_of(job))
     with trajectory.tree(f"{FORKS}/{forks.ratio_name(job.ratio)}/{forks.SNAPSHOT}") as state:
         pruner.restore(state)
     point = pruner.finish(job.ratio)
@@ -204,7 +204,8 @@ def fine_tune_snapshot(
     yield directory.append(point)
 
 
-def _pruner(job: Job, loaded: "LoadedModel", task: "Task") -> "Pruner":
+def new_pruner(job: Job, loaded: "LoadedModel", task: "Task") -> "Pruner":
+    """Returns a pruner of a copy of a loaded model, at its beginning."""
     from comp.pruner import Pruner
 
     return Pruner(
@@ -242,7 +243,7 @@ def _card(job: Job, loaded: "LoadedModel", point: CurvePoint) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=2)
-def _load(model: str, task: str, data: str | None) -> "tuple[LoadedModel, Task]":
+def load(model: str, task: str, data: str | None) -> "tuple[LoadedModel, Task]":
     """Loads a dense model and its task once per process; callers must not change either.
 
     Weights and decoded pictures are mapped from files, so that a machine holds them once for all

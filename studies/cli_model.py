@@ -144,6 +144,11 @@ def _write_submission(
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all by default.")
+@click.option(
+    "--peak",
+    is_flag=True,
+    help="MODEL is a spec: measure how much memory its runs take, for the scheduler.",
+)
 @ratio_option
 @task_option
 @data_option
@@ -155,6 +160,7 @@ def measure(
     batch_size: int,
     repeats: int,
     threads: int | None,
+    peak: bool,
     ratio: float | None,
     task: str | None,
     data: Path | None,
@@ -162,6 +168,9 @@ def measure(
     as_json: bool,
 ) -> None:
     """Measure a pruned model's latency beside the dense one, in turn in one process."""
+    if peak:
+        _measure_peak(model, as_json)
+        return
     import dataclasses
 
     import torch
@@ -184,6 +193,24 @@ def measure(
         original.model.to(target), loaded.model.to(target), built, batch, repeats=repeats
     )
     answer(as_json, {"model": str(model), **dataclasses.asdict(found)}, str(found))
+
+
+def _measure_peak(source: str, as_json: bool) -> None:
+    """Measures the memory of a spec's runs and keeps the figure under its root."""
+    from orchestration.peak import PEAKS, measure_peak, write_peak
+    from orchestration.storage import join
+    from studies.jobs import first_job
+    from studies.specfile import read_spec, resolve_places
+
+    with mistakes():
+        spec = resolve_places(read_spec(source))
+        job = first_job(spec)
+    found = measure_peak(job)
+    write_peak(spec.root, job, found)
+    place = join(spec.root, PEAKS)
+    values = {"host_mib": found.host_mib, "device_mib": found.device_mib, "path": place}
+    text = f"a run takes up to {found}; workers ask for {found.request_mib:,} MiB ({place})"
+    answer(as_json, values, text)
 
 
 @click.command(epilog=example("comp diagnose blip-tiny-vqa --plot interference.png"))

@@ -52,6 +52,13 @@ def trial_jobs(
     return jobs
 
 
+def first_job(spec: StudySpec | PruneSpec) -> Job:
+    """Returns the job of a spec's own config, which tells what its runs ask of a machine."""
+    if isinstance(spec, PruneSpec):
+        return prune_job(spec)
+    return trial_jobs(spec, 0, spec.pruning, None)[0]
+
+
 def prune_job(spec: PruneSpec, runner: str = DEFAULT_RUNNER) -> Job:
     """Returns the job of a single run, whose id is the spec's name."""
     return _job(spec, spec.name, spec.pruning, study=SINGLE_RUNS, runner=runner)

@@ -12,6 +12,7 @@ from pathlib import Path
 from orchestration.executor import Event, Executor, InlineExecutor, Resources
 from orchestration.job import DEFAULT_RUNNER, Failure, Job, JobEnd, Record
 from orchestration.lock import LockHeld, hold_location
+from orchestration.peak import read_peak
 from orchestration.progress import Progress
 from orchestration.storage import Storage, last_name
 from orchestration.store import Run, list_runs, read_run
@@ -20,7 +21,7 @@ from orchestration.tracking import PLOTS, UNSYNCED, MlflowTracker, NullTracker, 
 from studies.curves import area, curve_of
 from studies.driver import Outcome, run_study
 from studies.folder import StudyFolder
-from studies.jobs import SINGLE_RUNS, prune_job
+from studies.jobs import SINGLE_RUNS, first_job, prune_job
 from studies.objectives import measure_curve
 from studies.pulse import leaving_pulse
 from studies.spec import PruneSpec, RunSpec, StudySpec
@@ -119,7 +120,9 @@ def on_ray(spec: StudySpec) -> Iterator[Executor]:
     with connect():
         asked = spec.resources.gpus
         gpus = gpu_share(total_gpus(), spec.parallel) if asked == "auto" else asked
-        slot = Resources(cpus=spec.resources.cpus, gpus=gpus)
+        peak = read_peak(spec.root, first_job(spec))
+        memory = peak.request_mib if peak else None
+        slot = Resources(cpus=spec.resources.cpus, gpus=gpus, memory_mib=memory)
         with RayExecutor(spec.parallel, slot, stage_timeout=timeout) as executor:
             yield executor
 
