@@ -2,12 +2,14 @@
 
 import json
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from comp.results import CurvePoint, StageRecord
 from orchestration import worker
-from orchestration.job import Job, Record
+from orchestration.forks import trajectory_of
+from orchestration.job import Fork, Job, Record, Suspended
 from orchestration.store import RunDirectory
 
 RECORDS = 5
@@ -66,9 +68,10 @@ def _stage(index: int) -> StageRecord:
     )
 
 
-def timed_prune(job: Job, directory: RunDirectory) -> Iterator[Record]:
-    """A real pruning that notes beside its run directory from when to when it was at work."""
+def timed_prune(job: Job, directory: RunDirectory) -> Iterator[Record | Fork | Suspended]:
+    """A real pruning, or a fork of one, that notes from when to when it was at work."""
     begin = time.time()
     yield from worker.prune(job, directory)
-    note = Path(job.run_dir).parent / f"busy-{job.run_id}.json"
+    run_dir = trajectory_of(job) if job.kind == "fine_tune" else job.run_dir
+    note = Path(run_dir).parent / f"busy-{job.run_id}-{uuid.uuid4().hex}.json"
     note.write_text(json.dumps([begin, time.time()]))
