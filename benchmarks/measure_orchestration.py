@@ -250,8 +250,9 @@ def measure_utilisation() -> list[Row]:
     busy = sum(max(0.0, min(b, end) - max(a, begin)) for a, b in spans)
     share = busy / (2 * (end - begin))
     how = (
-        f"{len(given)} prunings of blip-tiny-vqa, their fine-tunes forked, on 2 slots, {len(spans)} "
-        f"spans by the workers' own clocks, from the second trial's end to the last one's start ({end - begin:.0f} s), {MACHINE}"
+        f"{len(given)} prunings of blip-tiny-vqa, fine-tunes forked, on 2 slots, {len(spans)} "
+        f"spans by the workers' own clocks, from the second trial's end to "
+        f"the last one's start ({end - begin:.0f} s), {MACHINE}"
     )
     return [row("utilisation of a real study", share, "busy / slot time", how, 0.95)]
 
