@@ -148,7 +148,7 @@ def measure_throughput() -> list[Row]:
         done.set()
         thread.join()
     p50, p99 = (statistics.quantiles(latency.seconds, n=100)[i] for i in (49, 98))
-    how = f"{NUM_TRIALS} no-op trials of {RECORDS} records, {NUM_ACTORS} actors, {MACHINE}"
+    how = f"{NUM_TRIALS} no-op trials of {RECORDS} records, up to {NUM_ACTORS} actors, {MACHINE}"
     return [
         row("no-op trial", 1000 * seconds / NUM_TRIALS, "ms", f"{how}; start of actors included"),
         row("records through the driver", len(latency.seconds) / seconds, "1/s", how),
@@ -217,7 +217,7 @@ def measure_against_tune() -> list[Row]:
     with scratch() as root, connect():
         ours = run_noops(root, NUM_TUNE_TRIALS)
         theirs = tune_noops(root, NUM_TUNE_TRIALS)
-    how = f"{NUM_TUNE_TRIALS} no-op trials, {NUM_ACTORS} actors, one run of each, {MACHINE}"
+    how = f"{NUM_TUNE_TRIALS} no-op trials, up to {NUM_ACTORS} actors, one run of each, {MACHINE}"
     return [
         row("no-op trial beside Tune: comp", 1000 * ours / NUM_TUNE_TRIALS, "ms", how),
         row("no-op trial beside Tune: Ray Tune", 1000 * theirs / NUM_TUNE_TRIALS, "ms", how),
