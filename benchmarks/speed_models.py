@@ -86,7 +86,8 @@ def _sharpen_(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def _blip_nlvr() -> nn.Module:
+def blip_nlvr(size: int = 384) -> nn.Module:
+    """BLIP-base for NLVR2."""
     torch.manual_seed(0)
     config = BlipConfig(
         text_config={
@@ -97,7 +98,7 @@ def _blip_nlvr() -> nn.Module:
         },
         vision_config={
             "hidden_size": 768,
-            "image_size": 384,
+            "image_size": size,
             "initializer_range": 0.02,
             "intermediate_size": 3072,
             "num_attention_heads": 12,
@@ -106,7 +107,8 @@ def _blip_nlvr() -> nn.Module:
     return _sharpen_(BlipForNLVR(config))
 
 
-def _blip_inputs(batch: int, size: int = 384) -> dict[str, Any]:
+def blip_inputs(batch: int, size: int = 384) -> dict[str, Any]:
+    """Pairs of images and statements of 20 words."""
     words = _words(batch, 20)
     return {
         "pixel_values": _noise(batch, 2, 3, size, size),
@@ -183,8 +185,11 @@ def _llava_inputs(batch: int) -> dict[str, Any]:
     }
 
 
+SMALL = Subject(lambda: _clip(224, 16, 384, 6), _clip_inputs(224))
+"""A CLIP of 6 layers in its vision tower, for benchmarks that train."""
+
 SUBJECTS: dict[str, Subject] = {
-    "blip-base-nlvr2": Subject(_blip_nlvr, _blip_inputs),
+    "blip-base-nlvr2": Subject(blip_nlvr, blip_inputs),
     "clip-vit-b16": Subject(lambda: _clip(224, 16, 768, 12), _clip_inputs(224)),
     "clip-vit-l14-336": Subject(lambda: _clip(336, 14, 1024, 24), _clip_inputs(336)),
     "llava-small": Subject(_llava, _llava_inputs),

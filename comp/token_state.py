@@ -91,7 +91,7 @@ class TokenState:
 
 def real_rows(rows: Tensor) -> Tensor:
     """True where a row is a real token: padding is exactly zero. ``(B, N, D)`` to ``(B, N)``."""
-    return (rows != 0).any(dim=-1)
+    return rows.abs().amax(dim=-1) != 0  # several times faster than any(), and NaN stays real
 
 
 def gather_state(state: TokenState, selection: Selection) -> TokenState:
