@@ -1,6 +1,7 @@
-"""``comp data`` and ``comp presets``: what ships with the package."""
+"""``comp data`` and ``comp presets``: data sets, and the specs that ship with the package."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -92,14 +93,20 @@ def import_(
     answer(as_json, values, f"{out}: {report}")
 
 
-@data.command(epilog=example("comp data info openmoji"))
-@click.argument("name", type=click.Choice(["openmoji"]), default="openmoji")
+@data.command(epilog=example("comp data info openmoji", "comp data info coco-captions"))
+@click.argument("source", default="openmoji")
 @click.option(
-    "--size", type=click.IntRange(16, 512), default=64, show_default=True, help="Pixels."
+    "--size", type=click.IntRange(16, 512), default=64, show_default=True, help="Of OpenMoji."
 )
 @common
-def info(name: str, size: int, as_json: bool) -> None:
-    """Say how many drawings there are, by split and group, and whose they are."""
+def info(source: str, size: int, as_json: bool) -> None:
+    """Say what is in the embedded data set, or in an imported one: splits, kind and a sample."""
+    with mistakes():
+        found, lines = _openmoji(size) if source == "openmoji" else _imported(Path(source))
+    answer(as_json, found, "\n".join(lines))
+
+
+def _openmoji(size: int) -> tuple[dict[str, Any], list[str]]:
     from collections import Counter
 
     from comp.data.openmoji import ATTRIBUTION, load_openmoji, openmoji_path
@@ -108,20 +115,39 @@ def info(name: str, size: int, as_json: bool) -> None:
     splits = Counter(drawing.split for drawing in drawings)
     groups = Counter(drawing.group for drawing in drawings)
     values = {
-        "name": name,
+        "name": "openmoji",
         "path": str(openmoji_path(size)),
         "drawings": len(drawings),
         "splits": dict(splits),
         "groups": dict(groups.most_common()),
         "attribution": ATTRIBUTION,
     }
-    lines = [
+    return values, [
         f"{len(drawings)} drawings at {size} px in {values['path']}",
         "splits: " + ", ".join(f"{key} {count}" for key, count in splits.items()),
         "groups: " + ", ".join(f"{key} {count}" for key, count in groups.most_common()),
         ATTRIBUTION,
     ]
-    answer(as_json, values, "\n".join(lines))
+
+
+def _imported(path: Path) -> tuple[dict[str, Any], list[str]]:
+    from comp.data.layout import DataSet
+    from comp.tasks.names import KIND_OF_ROWS
+
+    stored = DataSet(path)
+    splits = {split: len(rows) for split, rows in stored.splits.items()}
+    tasks = [task for task, kind in KIND_OF_ROWS.items() if kind == stored.kind]
+    facts = {key: value for key, value in stored.facts.items() if key != "answers"}
+    first = next(iter(stored.splits.values())).fetch([0])[0]
+    values = {"path": str(stored.path), "splits": splits, "tasks": tasks, **facts}
+    return values, [
+        f"{sum(splits.values())} {stored.kind} in {stored.path}",
+        "splits: " + ", ".join(f"{key} {count}" for key, count in splits.items()),
+        "tasks: " + (", ".join(tasks) or "all"),
+        *(f"{key}: {value}" for key, value in facts.items() if key != "kind"),
+        f"first of {first.split}: {first.id}, {len(first.images)} images, "
+        f"{' | '.join(first.texts[:3])!r:.120} -> {' | '.join(first.labels[:3])!r:.60}",
+    ]
 
 
 @click.group(

@@ -166,13 +166,20 @@ def check_places(spec: RunSpec) -> None:
 
 
 def _check_data(task: str, path: Path) -> None:
-    from comp.data.layout import data_file, read_metadata
+    from comp.data.layout import DataSet
     from comp.tasks.names import check_kind
 
     try:
-        check_kind(task, read_metadata(data_file(path)).get("kind", ""), path)
+        stored = DataSet(path)
+        check_kind(task, stored.kind, path)
     except (ValueError, OSError) as error:
         raise SpecError(f"data: {error}") from None
+    missing = [split for split in ("train", "val", "test") if split not in stored.splits]
+    if missing and stored.kind != "drawings":
+        raise SpecError(
+            f"data: {path} has the splits {', '.join(stored.splits)}, but a run needs "
+            f"{' and '.join(missing)} too; import the files of all splits together"
+        )
 
 
 def tracking_uri(spec: RunSpec) -> str:

@@ -185,6 +185,12 @@ def wrong_root(folder: Path) -> list[str]:
     return ["karpathy", sources[0].name, "--images", "flickr"]
 
 
+def empty_split(folder: Path) -> list[str]:
+    words = [path.name for path in nlvr2(folder)]
+    (folder / "dev.json").write_text("")
+    return ["nlvr2", *words]
+
+
 def other_questions(folder: Path) -> list[str]:
     return edited("vqav2", folder, '"question_id": 4001, "answers"', '"question_id": 7, "answers"')
 
@@ -203,6 +209,10 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "other-answers": (
         other_questions,
         "val2014_questions.json, row 2: question_id 4001 is not in val2014_annotations.json",
+    ),
+    "empty-split": (
+        empty_split,
+        "dev.json holds no rows; check that it is complete",
     ),
     "label": (
         lambda folder: edited("nlvr2", folder, '"label": "True"', '"label": "yes"'),
@@ -244,6 +254,28 @@ def test_a_split_that_is_not_there_is_named(tmp_path: Path) -> None:
     result = invoke("evaluate", str(tmp_path / "model"), "--data", str(data))
     assert result.exit_code == 2
     assert "split must be one of train, but got 'test'" in result.stderr
+
+
+def test_a_run_needs_all_splits_and_says_so_before_it_starts(tmp_path: Path) -> None:
+    train = [path for path in nlvr2(tmp_path / "in") if path.name == "train.json"]
+    data = imported("nlvr2", train, tmp_path)
+    words = ["--set", "model=blip-tiny-nlvr2", "--set", "task=nlvr2", "--set", f"data={data}"]
+    result = invoke("prune", "prune-vqa", *words, "--root", str(tmp_path / "runs"))
+    assert result.exit_code == 2
+    assert "has the splits train, but a run needs val and test too" in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_imported_set_says_what_it_is(tmp_path: Path) -> None:
+    data = imported("karpathy", karpathy(tmp_path / "in"), tmp_path)
+    result = invoke("data", "info", str(data), "--json")
+    values = json_of(result)
+    assert values["splits"] == {"train": 6, "val": 3, "test": 3}
+    assert values["tasks"] == ["retrieval", "captioning"]
+    assert "γάτα" in invoke("data", "info", str(data)).stdout
+    gone = invoke("data", "info", str(tmp_path / "gone"))
+    assert gone.exit_code == 2
+    assert "there is no data set at" in gone.stderr
 
 
 def test_broken_images_are_counted_and_listed(tmp_path: Path) -> None:

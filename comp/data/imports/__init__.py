@@ -94,8 +94,6 @@ def import_data(
     images = _check(format, sources, out, images, on_bad, holdout)
     reader = FORMATS[format]
     drafts = reader.read(sources, holdout=holdout)
-    if not drafts:
-        raise ValueError(f"{sources[0].name} holds no rows; check that it is complete")
     _refuse_repeats(drafts)
     drafts.sort(key=lambda one: hashlib.sha256(one.id.encode()).digest())
     found = {id(draft): _find(draft, images) for draft in drafts}

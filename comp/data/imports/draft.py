@@ -87,6 +87,17 @@ def take(entry: Any, name: str, kind: type[Value], where: str) -> Value:
     return value
 
 
+def not_empty(rows: Sequence[Value], path: Path) -> Sequence[Value]:
+    """Returns the rows of a file.
+
+    Raises:
+        ValueError: If there is none, so that a split would be empty.
+    """
+    if not rows:
+        raise ValueError(f"{path.name} holds no rows; check that it is complete")
+    return rows
+
+
 def hold_out(drafts: Sequence[Draft], share: float, *names: str) -> list[Draft]:
     """Moves training rows into other splits, all rows about one image together.
 

@@ -6,7 +6,7 @@ Source: Karpathy and Fei-Fei (arXiv 1412.2306), https://cs.stanford.edu/people/k
 from collections.abc import Sequence
 from pathlib import Path
 
-from comp.data.imports.draft import Draft, read_json, take
+from comp.data.imports.draft import Draft, not_empty, read_json, take
 
 KIND = "captions"
 _SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
@@ -25,7 +25,7 @@ def read(sources: Sequence[Path], *, holdout: float) -> list[Draft]:
     drafts = []
     for path in sources:
         images = take(read_json(path), "images", list, path.name)
-        for number, entry in enumerate(images, start=1):
+        for number, entry in enumerate(not_empty(images, path), start=1):
             where = f"{path.name}, row {number}"
             split = take(entry, "split", str, where)
             if split not in _SPLITS:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from comp.data.imports.draft import Draft, hold_out, read_json, take
+from comp.data.imports.draft import Draft, hold_out, not_empty, read_json, take
 
 KIND = "conversations"
 MARKER = "<image>"
@@ -34,7 +34,7 @@ def read(sources: Sequence[Path], *, holdout: float) -> list[Draft]:
                 f"{path.name} must hold a list of conversations, but is {type(content).__name__}; "
                 "is it the right file?"
             )
-        for number, entry in enumerate(content, start=1):
+        for number, entry in enumerate(not_empty(content, path), start=1):
             where = f"{path.name}, row {number}"
             turns = [_turn(one, where) for one in take(entry, "conversations", list, where)]
             if turns and turns[0][0] == "gpt":

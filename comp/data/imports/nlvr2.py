@@ -6,7 +6,7 @@ Source: https://github.com/lil-lab/nlvr/tree/master/nlvr2
 from collections.abc import Sequence
 from pathlib import Path
 
-from comp.data.imports.draft import Draft, read_json_lines, take
+from comp.data.imports.draft import Draft, not_empty, read_json_lines, take
 
 KIND = "statements"
 _SPLITS = {"train": "train", "dev": "val", "test1": "test", "test2": "test"}
@@ -24,7 +24,7 @@ def read(sources: Sequence[Path], *, holdout: float) -> list[Draft]:
     """
     drafts, tests = [], set()
     for path in sources:
-        for where, entry in read_json_lines(path):
+        for where, entry in not_empty(list(read_json_lines(path)), path):
             identifier = take(entry, "identifier", str, where)
             parts = identifier.split("-")
             if len(parts) != 4 or parts[0] not in _SPLITS:

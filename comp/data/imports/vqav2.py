@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from comp.data.imports.draft import Draft, hold_out, read_json, take
+from comp.data.imports.draft import Draft, hold_out, not_empty, read_json, take
 
 KIND = "questions"
 # The published validation set is what people report on, so it is the test here, and validation
@@ -26,8 +26,8 @@ def read(sources: Sequence[Path], *, holdout: float) -> list[Draft]:
     Raises:
         ValueError: If a file is not of this format, or questions and annotations do not match.
     """
-    questions: dict[str, tuple[Path, list[Any]]] = {}
-    answers: dict[str, tuple[Path, list[Any]]] = {}
+    questions: dict[str, tuple[Path, Sequence[Any]]] = {}
+    answers: dict[str, tuple[Path, Sequence[Any]]] = {}
     for path in sources:
         content = read_json(path)
         is_answers = isinstance(content, dict) and "annotations" in content
@@ -43,7 +43,7 @@ def read(sources: Sequence[Path], *, holdout: float) -> list[Draft]:
                 f"{path.name} and {target[subset][0].name} both are of {subset}; pass one of them"
             )
         name = "annotations" if is_answers else "questions"
-        target[subset] = path, take(content, name, list, path.name)
+        target[subset] = path, not_empty(take(content, name, list, path.name), path)
     drafts = []
     for subset, (path, entries) in questions.items():
         if subset not in answers and _SPLITS[subset] != "server":
