@@ -3,7 +3,8 @@
 Writes a set of 100,000 questions about 64 px JPEG images (2,048 different ones, noise over
 colours) into a temporary directory, reads one epoch of shuffled training batches of 64 with
 tokens and augmentation, and times training steps of blip-tiny-vqa on the same batches. Loader and
-training take turns in ten rounds, so that other work on the machine hits both. Writes
+training take turns in ten rounds, training first, so that other work on the machine hits both
+and the memory after every round is that of both. Writes
 benchmarks/results/loader-<machine>-torch<version>.csv and its rows of summary.json.
 """
 
@@ -72,16 +73,16 @@ def measure(path: Path) -> dict[str, float]:
     part = (NUM_ROWS - 64) // BATCH // ROUNDS
     memory, ratios, speeds = [], [], []
     for _ in range(ROUNDS):
-        start = time.perf_counter()
-        for batch in itertools.islice(batches, part):
-            assert len(batch["input_ids"]) == BATCH
-        loading = part * BATCH / (time.perf_counter() - start)
-        memory.append((memory_mib("RssAnon"), memory_mib("RssFile")))
         times = []
         for batch in itertools.islice(to_train, NUM_STEPS):
             start = time.perf_counter()
             train_step(model, task, iter([batch]), optimizer, PruningConfig())
             times.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        for batch in itertools.islice(batches, part):
+            assert len(batch["input_ids"]) == BATCH
+        loading = part * BATCH / (time.perf_counter() - start)
+        memory.append((memory_mib("RssAnon"), memory_mib("RssFile")))
         training = BATCH / statistics.median(times)
         speeds.append((loading, training))
         ratios.append(loading / training)
