@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ALIGNMENT = "alignment"
 """Attribute of a model that holds its alignment tokens (``comp.madtp``)."""
-TEMPERATURE = "temperature"
+TEMPERATURE = "itc_temperature"  # "temperature" is a setting of generation to transformers
 """Attribute of a model that holds the learned temperature which its stock class lacks."""
 
 

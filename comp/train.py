@@ -146,7 +146,7 @@ def train_dense(
     else:
         _fit(model, task, recipe, mixed=mixed, on_step=on_step)
     if hasattr(model, TEMPERATURE):  # the stock class has no place for it but its config
-        model.config.temperature = float(model.temperature)
+        setattr(model.config, TEMPERATURE, float(getattr(model, TEMPERATURE)))
     detach(model)
     save_pruned(model, directory, tokenizer=tokenizer, dtype=torch.float16)
     card = {

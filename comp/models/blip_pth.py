@@ -29,6 +29,7 @@ from transformers import (
 from comp.checkpoint import save_pruned
 from comp.directories import complete_directory, refuse_existing
 from comp.errors import CheckpointMismatch, UnsupportedModelError
+from comp.handle import TEMPERATURE
 from comp.models.bert_tokenizer import bert_tokenizer
 from comp.models.blip_build import merge_as_mean_
 from comp.models.blip_nlvr import BlipForNLVR
@@ -164,7 +165,7 @@ def convert_blip(
     card: dict[str, Any] = {"task": spec.task, "source": f"{file.name} by the BLIP authors"}
     if "temp" in state:
         card["temperature"] = float(state["temp"])
-        model.config.temperature = card["temperature"]  # what attaching starts from
+        setattr(model.config, TEMPERATURE, card["temperature"])  # what attaching starts from
     with complete_directory(out) as part:
         save_pruned(model, part, tokenizer=words, card=card)
     parameters = sum(p.numel() for p in model.parameters())

@@ -182,7 +182,7 @@ def run(pruner: Pruner, stop: int | None = None) -> list[StageRecord | CurvePoin
 
 
 def values(records: list[StageRecord | CurvePoint]) -> list[object]:
-    timed = {"seconds", "latency_ms", "dense_latency_ms"}
+    timed = {"seconds", "train_seconds", "eval_seconds", "latency_ms", "dense_latency_ms"}
     return [{k: v for k, v in one.to_dict().items() if k not in timed} for one in records]
 
 

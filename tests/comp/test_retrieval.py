@@ -133,14 +133,14 @@ def test_clips_scale_and_blips_temperature_are_kept_in_their_bounds(tokenizer: A
     clip, blip = tiny_clip(tokenizer).train(), tiny_blip(tokenizer).train()
     add_temperature_(blip)
     torch.nn.init.constant_(clip.logit_scale, 50.0)
-    torch.nn.init.constant_(blip.temperature, 1e-6)
+    torch.nn.init.constant_(blip.itc_temperature, 1e-6)
     for model, learned, bound, factor in (
         (clip, "logit_scale", math.log(100.0), 100.0),
-        (blip, "temperature", 0.001, 1000.0),
+        (blip, "itc_temperature", 0.001, 1000.0),
     ):
         assert similarity_factor(model).item() == pytest.approx(factor)
         assert getattr(model, learned).item() == pytest.approx(bound)
-    torch.nn.init.constant_(blip.temperature, 3.0)
+    torch.nn.init.constant_(blip.itc_temperature, 3.0)
     assert similarity_factor(blip).item() == 2.0
 
 
@@ -349,9 +349,9 @@ def test_the_learned_temperature_is_saved_with_the_model(
     model = tiny_blip(tokenizer)
     attach(model)
     task.prepare_(model)
-    torch.nn.init.constant_(model.temperature, 0.03)
+    torch.nn.init.constant_(model.itc_temperature, 0.03)
     save_pruned(model, tmp_path)
     again = load_pruned(tmp_path)
     assert similarity_factor(again).item() == pytest.approx(1 / 0.03)
     detach(again)
-    assert "temperature" not in again.state_dict()
+    assert "itc_temperature" not in again.state_dict()
