@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from studies.driver import Outcome, run_study
 from studies.errors import SpecError
 from studies.folder import StudyFolder
-from studies.session import mirroring
+from studies.session import Mirror
 from studies.spec import StudySpec
 from studies.study import Study
 from studies.summary import summarize
@@ -46,7 +47,7 @@ def test_two_studies_at_once_share_a_server_for_optuna_and_mlflow(
     ]
 
     def run(spec: StudySpec) -> Outcome:
-        with mirroring(spec, spec.name) as mirror:
+        with closing(Mirror(spec, spec.name)) as mirror:
             return run_study(spec, lambda: SlotsExecutor(2), [mirror], runner=RUNNER)
 
     with ThreadPoolExecutor() as pool:
