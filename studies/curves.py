@@ -259,7 +259,8 @@ def write_points(runs: Sequence[Run | Curve], path: Path) -> int:
     temporary = path.with_name(f".{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
-        pa.csv.write_csv(table.drop_columns(["layers"]), temporary)  # CSV has no nested columns
+        nested = [field.name for field in table.schema if pa.types.is_nested(field.type)]
+        pa.csv.write_csv(table.drop_columns(nested), temporary)  # CSV has no such columns
     else:
         pa.parquet.write_table(table, temporary, compression="zstd")
     temporary.replace(path)

@@ -114,7 +114,7 @@ def _blip_config(words: int) -> BlipConfig:
 def _clip_config(words: int) -> CLIPConfig:
     shared = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 3}
     shared |= {"num_hidden_layers": 2}
-    text = {**shared, "vocab_size": words, "max_position_embeddings": 16}
+    text = {**shared, "vocab_size": words, "max_position_embeddings": 64}
     text |= {"bos_token_id": words - 2, "eos_token_id": words - 1}
     vision = {**shared, "image_size": SIDE, "patch_size": 16}
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
