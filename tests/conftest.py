@@ -16,6 +16,8 @@ os.environ.update(
     MLFLOW_DISABLE_TELEMETRY="true",
     TOKENIZERS_PARALLELISM="false",
 )
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: one thread for each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
     os.environ.pop(name, None)
 
@@ -50,8 +52,15 @@ def mlflow_tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Notes with every test which of the paper's equations it holds code against."""
+    """Notes the equations that a test holds code against, and which tests share a process.
+
+    With several processes (``pytest -n 3 --dist loadgroup``) those of one folder stay in one, so
+    that what they start is started once; the long ones that kill things have one of their own.
+    """
     for item in items:
+        folder = item.path.parent.name
+        group = "chaos" if item.path.stem == "test_chaos" else folder
+        item.add_marker(pytest.mark.xdist_group(group))
         for mark in item.iter_markers("equations"):
             item.user_properties += [("equation", equation) for equation in mark.args]
 

@@ -235,7 +235,6 @@ class Monkey:
         """Strikes until the driver has ended by itself."""
         strikes = cycle(
             (
-                self.stop_worker,
                 self.kill_worker,
                 self.hang_mlflow,
                 self.kill_driver,
@@ -244,6 +243,7 @@ class Monkey:
                 self.end_mlflow,
                 self.kill_node,
                 self.begin_mlflow,
+                self.stop_worker,  # last: until the time limit the other slot goes on alone
             )
         )
         strike, seen = next(strikes), records_on_disk(self.root)
