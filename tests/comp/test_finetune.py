@@ -217,7 +217,7 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_mean_over_the_parts(task: Ti
         torch.testing.assert_close(found[name], gradient)
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 def test_gradient_checkpointing_changes_neither_loss_nor_gradients(family: Any) -> None:
     """With tokens dropping and masks fading, which the second pass has to repeat exactly."""
     task, batch, found = TinyTask(family), family.batch(4, 3), []
