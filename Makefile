@@ -15,7 +15,7 @@ demo: $(VENV)/.installed-base  ## Install, then run the demonstration study
 	@$(BIN)/comp demo $(ARGS)
 
 test: $(VENV)/.installed-test  ## Install with the test extra, then run the whole test suite
-	@$(BIN)/python -m pytest -n 3 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## Check style (ruff)
 	@$(BIN)/ruff check .
