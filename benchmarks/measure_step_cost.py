@@ -90,19 +90,7 @@ def main() -> None:
         runs[f"step at {ratio}"] = stepper(model, inputs)
         runs[f"statistics at {ratio}"] = collector(handle, inputs)
     times = interleaved(runs, rounds)
-    table = Table(
-        "step_cost",
-        ("ratio",),
-        (
-            "ratio",
-            "plain_ms",
-            "step_ms",
-            "step_over_plain",
-            "lowest",
-            "highest",
-            "with_statistics",
-        ),
-    )
+    table = Table("step_cost", ("ratio",), SHOWN)
     rows = []
     share = DEFAULTS.calibration_samples / (DEFAULTS.steps_per_stage * DEFAULTS.batch_size)
     for ratio, goal in GOALS.items():
