@@ -51,6 +51,7 @@ def mlflow_tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return database
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Notes the equations that a test holds code against, and which tests share a process.
 
