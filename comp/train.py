@@ -62,6 +62,9 @@ class Recipe:
     family: str = "blip"
 
 
+SMALL = BlipShape(heads=12, vision_layers=6, text_layers=4)
+"""No head or channel of it holds more than half a percent of its FLOPs."""
+
 RECIPES: dict[str, Recipe] = {
     "blip-tiny-vqa": Recipe(task="vqa", steps=4000),
     "blip-tiny-nlvr2": Recipe(
@@ -72,6 +75,17 @@ RECIPES: dict[str, Recipe] = {
         warmup=100,
         init="blip-tiny-vqa",
         align_steps=1500,
+    ),
+    "blip-small-vqa": Recipe(task="vqa", steps=5000, shape=SMALL),
+    "blip-small-nlvr2": Recipe(
+        task="nlvr2",
+        steps=5000,
+        batch_size=24,
+        learning_rate=7e-4,
+        warmup=100,
+        init="blip-small-vqa",
+        align_steps=1500,
+        shape=SMALL,
     ),
     "blip-tiny-captioning": Recipe(task="captioning", steps=3000),
     "blip-tiny-retrieval": Recipe(task="retrieval", steps=3000),
