@@ -257,10 +257,8 @@ def input_mask(handle: PruningHandle, site: AttentionSite) -> Tensor | None:
 
 
 def scale_context(handle: PruningHandle, site: AttentionSite, context: Tensor) -> Tensor:
-    """Multiplies the head masks into a context ``(..., a)`` if that is where they sit."""
+    """Multiplies the masks of its units into a context ``(..., a)`` if that is where they sit."""
     mask = handle.masks.get(site.name)
     if mask is None or handle.mask_site == "qkv":
         return context
-    return context * mask.to(device=context.device, dtype=context.dtype).repeat_interleave(
-        site.unit_width
-    )
+    return context * site.over_columns(mask.to(device=context.device, dtype=context.dtype))

@@ -118,7 +118,7 @@ def load_pruned(directory: str | Path, *, shared: bool = False) -> nn.Module:
         return _share_(dense, directory) if shared else dense
     model: nn.Module = model_class(model_class.config_class.from_pretrained(directory))
     plan = json.loads(plan_path.read_text())
-    later = ("token_threshold", "causal_mean", "head_reduce")  # not in the oldest plans
+    later = ("token_threshold", "causal_mean", "head_reduce", "unit")  # not in the oldest plans
     switches = Method(
         cip=plan["cip"],
         cit=plan["cit"],

@@ -35,6 +35,9 @@ class Method:
             of tokens that can see it; Eq. 6 as it stands favours early ones.
         head_reduce: How heads become one where streams share a sequence (LLaVA): the ``"max"`` of
             Eq. 6, or PyramidDrop's ``"mean"``.
+        unit: What a unit of an attention is: a ``"head"``, or ``"head_dim"``, one dimension of
+            all heads of a module (UPop's). Eq. 7 then changes nothing; models with rotary
+            positions or shared keys cannot have it, nor can ``mask_site="context"``.
     """
 
     cip: bool
@@ -47,6 +50,7 @@ class Method:
     token_threshold: Literal["relative", "absolute"] = "relative"
     causal_mean: bool = False
     head_reduce: Literal["max", "mean"] = "max"
+    unit: Literal["head", "head_dim"] = "head"
 
 
 METHODS: dict[str, Method] = {
@@ -71,6 +75,19 @@ def nearest(word: str, known: list[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the known word closest to ``word``, or nothing."""
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def check_site(unit: str, mask_site: str) -> None:
+    """Refuses masks on the context for dimensions: there, queries and keys would keep them.
+
+    Raises:
+        ValueError: If the two cannot go together.
+    """
+    if unit == "head_dim" and mask_site == "context":
+        raise ValueError(
+            "mask_site 'context' cannot go with unit 'head_dim', whose removal changes the "
+            "products of queries and keys as well; use 'qkv'"
+        )
 
 
 @dataclass(frozen=True)
@@ -107,6 +124,7 @@ class PruningConfig:
         token_threshold: Overrides the method's switch.
         causal_mean: Overrides the method's switch.
         head_reduce: Overrides the method's switch.
+        unit: Overrides the method's switch.
         rank_norm: ``"kind"`` standardises scores over all layers; ``"layer"`` divides them by
             their layer's mean before.
         modes: Restricts the run to these modes; ``None`` means all the family has.
@@ -114,7 +132,7 @@ class PruningConfig:
             the attention output.
         merge: ``"summary"`` merges dropped tokens into one, ``"drop"`` discards them, ``"auto"``
             is what the family says.
-        min_heads: Heads kept in every attention.
+        min_heads: Heads kept in every attention, or dimensions of its heads where these are units.
         min_channels: Channels kept in every feed-forward layer.
         min_vision_tokens: Unprotected image tokens kept in every layer.
         min_text_tokens: Unprotected text tokens kept in every layer.
@@ -168,6 +186,7 @@ class PruningConfig:
     token_threshold: Literal["relative", "absolute"] | None = None
     causal_mean: bool | None = None
     head_reduce: Literal["max", "mean"] | None = None
+    unit: Literal["head", "head_dim"] | None = None
     rank_norm: Literal["kind", "layer"] = "kind"
     modes: tuple[str, ...] | None = None
     mask_site: Literal["qkv", "context"] = "qkv"
@@ -209,6 +228,7 @@ class PruningConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name} must be in [{low}, {high}], but got {value}")
+        check_site(self.switches.unit, self.mask_site)
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate must divide batch_size ({self.batch_size}), but got {self.accumulate}"
@@ -287,6 +307,7 @@ _SWITCHES = (
     "token_threshold",
     "causal_mean",
     "head_reduce",
+    "unit",
 )
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -304,6 +325,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "token_score": (None, "attention", "madtp"),
     "token_threshold": (None, "relative", "absolute"),
     "head_reduce": (None, "max", "mean"),
+    "unit": (None, "head", "head_dim"),
     "rank_norm": ("kind", "layer"),
     "mask_site": ("qkv", "context"),
     "merge": ("auto", "summary", "drop"),

@@ -36,11 +36,13 @@ class Structure:
         family: Name of the family.
         encoders: Encoder name to its blocks.
         merges: Streams whose dropped tokens are merged into a summary token by default.
+        unit: What a unit of its attentions is, see ``PruningConfig``.
     """
 
     family: str
     encoders: dict[str, list[Block]]
     merges: frozenset[Stream] = frozenset({Stream.VISION, Stream.TEXT})
+    unit: Literal["head", "head_dim"] = "head"
 
     def groups(self) -> list[UnitGroup]:
         """All unit groups, in forward order."""
@@ -122,10 +124,14 @@ class PruningHandle:
     originals: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.groups: dict[str, UnitGroup] = {g.name: g for g in self.structure.groups()}
         self._last = {name: blocks[-1].layer for name, blocks in self.structure.encoders.items()}
-        if not self.dense_units:
-            self.dense_units = {name: g.num_units for name, g in self.groups.items()}
+        self.take_structure(self.structure)
+
+    def take_structure(self, structure: Structure) -> None:
+        """Puts another structure of the same dense model in the place of its own."""
+        self.structure = structure
+        self.groups: dict[str, UnitGroup] = {g.name: g for g in structure.groups()}
+        self.dense_units = {name: g.num_units for name, g in self.groups.items()}
 
     @property
     def alignment(self) -> Alignment | None:
@@ -164,8 +170,9 @@ class PruningHandle:
     def left_in_layers(self, cost: Measurement) -> dict[str, float]:
         """Returns units and mean tokens left, by ``encoder.layer.part``.
 
-        The parts are ``heads``, ``channels``, ``cross`` (heads of cross-attention; ``cross0`` and
-        ``cross1`` where two run side by side) and ``tokens``.
+        The parts are ``heads`` (or their dimensions, if these are the units), ``channels``,
+        ``cross`` (the same of cross-attention; ``cross0`` and ``cross1`` where two run side by
+        side) and ``tokens``.
 
         Args:
             cost: What this model was last measured to cost.
@@ -180,7 +187,7 @@ class PruningHandle:
     def head_mask(self, site: AttentionSite) -> Tensor | None:
         """The soft mask of every query head, for Eq. 7, or ``None`` if all are whole."""
         mask = self.masks.get(site.name)
-        return None if mask is None else mask.repeat_interleave(site.queries_per_unit)
+        return None if mask is None else site.head_factors(mask)
 
     def alive(self) -> dict[str, int]:
         """Units of each group that are neither masked to zero nor removed."""
@@ -233,6 +240,7 @@ class PruningHandle:
             "token_threshold": self.switches.token_threshold,
             "causal_mean": self.switches.causal_mean,
             "head_reduce": self.switches.head_reduce,
+            "unit": self.structure.unit,
         }
 
 

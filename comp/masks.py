@@ -7,13 +7,14 @@ over all layers of the mode before the two are ranked together (UPop's unified r
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from comp.handle import PruningHandle
 from comp.importance import ActivationStatistics
-from comp.sites import UnitGroup
+from comp.sites import UnitGroup, UnitKind
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,9 @@ def mask_value(step: int, decay_steps: int) -> float:
 
 
 def unit_scores(group: UnitGroup, statistics: ActivationStatistics) -> Tensor:
-    """Returns one score per unit: a head's is the mean of its channels', ``(units,)``."""
+    """Returns one score per unit, the mean of its columns', ``(units,)``."""
     channels = statistics.scores(group.name, group.out.linear.weight)
-    scores: Tensor = channels.unflatten(0, (-1, group.unit_width)).mean(dim=1)
-    return scores
+    return group.by_unit(channels).mean(dim=1)
 
 
 def standardise(scores: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def rank_scores(
 ) -> list[RankedUnit]:
     """Ranks the alive units of some groups by given scores, lowest first.
 
-    Heads and channels are standardised each for themselves, over all groups that compete.
+    Every kind of unit is standardised for itself, over all groups that compete.
 
     Args:
         groups: The groups that compete.
@@ -121,7 +121,7 @@ def rank_scores(
     Source: UPop (arXiv 2301.13741), the unified ranking.
     """
     ranked: list[RankedUnit] = []
-    for kind in ("head", "channel"):
+    for kind in get_args(UnitKind):
         names: list[tuple[str, int]] = []
         values: list[Tensor] = []
         for group in groups:
@@ -163,11 +163,11 @@ def choose_units(
         alive: Units left in each group.
         unit_macs: Mean multiply-adds of one unit, by group.
         quantum: Multiply-adds to remove.
-        min_heads: Heads kept in every attention.
+        min_heads: Heads, or their dimensions, kept in every attention.
         min_channels: Channels kept in every feed-forward layer.
     """
     left = dict(alive)
-    floor = {"head": min_heads, "channel": min_channels}
+    floor = floors(min_heads, min_channels)
     channels = [unit_macs.get(e.group, 0.0) for e in ranking if groups[e.group].kind == "channel"]
     slack = max(channels, default=0.0)
     chosen: dict[str, list[int]] = {}
@@ -191,6 +191,11 @@ def choose_units(
     return UnitChoice({name: sorted(u) for name, u in chosen.items()}, threshold, total)
 
 
+def floors(min_heads: int, min_channels: int) -> dict[UnitKind, int]:
+    """Returns how many units of every kind a module keeps at least."""
+    return {"head": min_heads, "head_dim": min_heads, "channel": min_channels}
+
+
 def obtainable_macs(
     groups: Sequence[UnitGroup],
     alive: Mapping[str, int],
@@ -200,7 +205,7 @@ def obtainable_macs(
     min_channels: int,
 ) -> float:
     """Returns the multiply-adds that go when every group is pruned to its minimum."""
-    floor = {"head": min_heads, "channel": min_channels}
+    floor = floors(min_heads, min_channels)
     return sum(
         max(alive[group.name] - floor[group.kind], 0) * unit_macs.get(group.name, 0.0)
         for group in groups

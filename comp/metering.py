@@ -29,7 +29,7 @@ def count_self_attention(
     counts = state.counts()
     keys = counts if state.cache is None else visible
     one = cost.self_attention_macs(
-        counts, keys, state.hidden.shape[-1], site.unit_width, site.head_dim
+        counts, keys, state.hidden.shape[-1], site.unit_width, site.key_width
     )
     if voters and state.mixture is not None:
         one = one + state.mixture.voters.sum(dim=1) * keys * site.unit_width

@@ -1,9 +1,9 @@
 """Physical removal of masked units, and rebuilding a shrunk model from its plan.
 
-Removing a head takes its rows out of the query, key and value projections (biases too) and its
-columns out of the out-projection; removing a channel takes its rows out of the first
-projection(s) and its column out of the second. Out-projection biases, head width and softmax
-scale stay as they are, so a hard-masked model and its shrunk self give the same output.
+Removing a head, or a dimension of all heads, takes its rows out of the query, key and value
+projections (biases too) and its columns out of the out-projection; removing a channel takes its
+rows out of the first projection(s) and its column out of the second. Out-projection biases and
+softmax scale stay as they are, so a hard-masked model and its shrunk self give the same output.
 """
 
 from collections.abc import Iterable
@@ -77,7 +77,7 @@ def remove_units_(group: UnitGroup, keep: Tensor) -> list[Slice]:
     if isinstance(group, FeedForwardSite):
         slices = [s for ref in group.inputs for s in _slice_linear(ref, 0, keep)]
         return slices + _slice_linear(group.out, 1, keep)
-    return _remove_heads_(group, keep)
+    return _remove_from_attention_(group, keep)
 
 
 def unit_parameters(group: UnitGroup) -> int:
@@ -97,24 +97,20 @@ def num_parameters(model: nn.Module, handle: PruningHandle) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) - masked
 
 
-def _remove_heads_(site: AttentionSite, keep: Tensor) -> list[Slice]:
-    columns = _expand(keep, site.unit_width)
+def _remove_from_attention_(site: AttentionSite, keep: Tensor) -> list[Slice]:
+    stays = torch.zeros(site.num_units, dtype=torch.bool)
+    stays[keep] = True
+    columns = site.over_columns(stays).nonzero().flatten()
+    rows = site.over_keys(stays).nonzero().flatten()
     if len(site.inputs) == 1:
-        part = site.num_units * site.head_dim
-        rows = _expand(keep, site.head_dim)
+        part = site.out.linear.in_features
         fused = torch.cat([rows + i * part for i in range(3)])
         slices = _slice_linear(site.inputs[0], 0, fused)
     else:
         query, key, value = site.inputs
-        rows = _expand(keep, site.head_dim)
         slices = _slice_linear(query, 0, columns)
         slices += _slice_linear(key, 0, rows) + _slice_linear(value, 0, rows)
     return slices + _slice_linear(site.out, 1, columns)
-
-
-def _expand(units: Tensor, width: int) -> Tensor:
-    """Positions that ``units`` of ``width`` occupy, ``(K * width,)``."""
-    return (units[:, None] * width + torch.arange(width)).flatten()
 
 
 def _slice_linear(ref: LinearRef, dim: int, index: Tensor) -> list[Slice]:

@@ -14,6 +14,9 @@ from comp.linear import masked_linear, spaced_linear
 from comp.modes import PruningMode, Stream
 from comp.packing import Packing, padded
 
+UnitKind = Literal["head", "head_dim", "channel"]
+"""What a unit may be: a head, one dimension of all heads of a module, or a hidden channel."""
+
 
 @dataclass(frozen=True)
 class LinearRef:
@@ -40,16 +43,18 @@ class AttentionSite:
 
     Attributes:
         name: Unique name, the module path in the dense model.
-        mode: The parameter mode that prunes its heads.
+        mode: The parameter mode that prunes its units.
         layer: Layer index inside its encoder.
         inputs: Query, key and value projections, or one fused ``q | k | v``, head-major inside.
         out: Out-projection.
-        head_dim: Width of one head; never changes.
-        scale: Factor on the logits; never changes.
+        head_dim: Width of one head in the dense model.
+        scale: Factor on the logits; never changes, even where heads get narrower.
         queries_per_unit: Query heads that share one key/value head (1 without grouping).
         dropout: Probability of attention dropout while training.
         token_streams: Streams whose token counts its cost depends on.
         rotate: Turns queries and keys by ``TokenState.rotary``: ``(q, k, cos, sin) -> (q, k)``.
+        fixed_heads: 0 if a unit is a head. Otherwise a unit is one dimension of all heads
+            (UPop's), and this is their number, which never changes.
     """
 
     name: str
@@ -63,18 +68,61 @@ class AttentionSite:
     dropout: float = 0.0
     token_streams: frozenset[Stream] = frozenset()
     rotate: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    fixed_heads: int = 0
 
-    kind: Literal["head", "channel"] = "head"
+    @property
+    def kind(self) -> UnitKind:
+        """What a unit is."""
+        return "head_dim" if self.fixed_heads else "head"
 
     @property
     def unit_width(self) -> int:
         """Columns of the out-projection that belong to one unit."""
-        return self.head_dim * self.queries_per_unit
+        return self.fixed_heads or self.head_dim * self.queries_per_unit
+
+    @property
+    def key_width(self) -> int:
+        """Rows of the key projection that belong to one unit."""
+        return self.fixed_heads or self.head_dim
 
     @property
     def num_units(self) -> int:
-        """Heads (or key/value groups) that are physically there."""
+        """Heads (or key/value groups, or dimensions of a head) that are physically there."""
         return self.out.linear.in_features // self.unit_width
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head as it physically is."""
+        return self.num_units if self.fixed_heads else self.head_dim
+
+    def over_columns(self, units: Tensor) -> Tensor:
+        """Repeats what belongs to every unit, ``(units,)``, for every column it has."""
+        if self.fixed_heads:
+            return units.repeat(self.fixed_heads)
+        return units.repeat_interleave(self.unit_width)
+
+    def over_keys(self, units: Tensor) -> Tensor:
+        """As ``over_columns``, for the rows of the key and the value projection."""
+        return (
+            self.over_columns(units)
+            if self.fixed_heads
+            else units.repeat_interleave(self.head_dim)
+        )
+
+    def by_unit(self, columns: Tensor) -> Tensor:
+        """Sorts what belongs to every column ``(a,)`` by units, ``(units, unit_width)``."""
+        rows = self.fixed_heads or self.num_units
+        grouped: Tensor = columns.unflatten(0, (rows, -1))
+        return grouped.T if self.fixed_heads else grouped
+
+    def head_factors(self, mask: Tensor) -> Tensor:
+        """The soft mask of every query head for Eq. 7, ``(H,)``, from that of the units.
+
+        A head that loses dimensions fades by their mean, which is the same for all heads.
+        """
+        if self.fixed_heads:
+            return mask.mean().expand(self.fixed_heads)
+        return mask.repeat_interleave(self.queries_per_unit)
 
     def project(
         self,
@@ -84,7 +132,7 @@ class AttentionSite:
         own: Packing | None = None,
         others: Packing | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns queries, keys and values, ``(B, heads, N, head_dim)`` each.
+        """Returns queries, keys and values, ``(B, heads, N, width)`` each.
 
         Args:
             hidden: Rows that ask, ``(B, N, D)`` or packed.
@@ -93,11 +141,11 @@ class AttentionSite:
             own: How ``hidden`` is packed, if it is.
             others: How ``context`` is packed, if it is.
         """
-        each = None if mask is None else mask.repeat_interleave(self.head_dim)
+        each = None if mask is None else self.over_keys(mask)
         if len(self.inputs) == 1:
             thrice = None if each is None else each.repeat(3)
             fused = padded(own, masked_linear(self.inputs[0].linear, hidden, thrice))
-            parts = fused.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+            parts = fused.unflatten(-1, (3, -1, self.head_width)).permute(2, 0, 3, 1, 4)
             return parts[0], parts[1], parts[2]
         _, key, value = self.inputs
         return (
@@ -110,12 +158,12 @@ class AttentionSite:
         self, hidden: Tensor, mask: Tensor | None = None, own: Packing | None = None
     ) -> Tensor:
         """Returns the queries alone of a site that is not fused; see ``project``."""
-        each = None if mask is None else mask.repeat_interleave(self.unit_width)
+        each = None if mask is None else self.over_columns(mask)
         return self.heads(padded(own, masked_linear(self.inputs[0].linear, hidden, each)))
 
     def heads(self, rows: Tensor) -> Tensor:
-        """Splits rows ``(B, N, heads * head_dim)`` into ``(B, heads, N, head_dim)``."""
-        heads: Tensor = rows.unflatten(-1, (-1, self.head_dim))
+        """Splits rows ``(B, N, heads * width)`` into ``(B, heads, N, width)``."""
+        heads: Tensor = rows.unflatten(-1, (-1, self.head_width))
         return heads.transpose(1, 2)
 
 
@@ -141,13 +189,17 @@ class FeedForwardSite:
     activation: Callable[[Tensor], Tensor]
     token_streams: frozenset[Stream] = frozenset()
 
-    kind: Literal["head", "channel"] = "channel"
+    kind: UnitKind = "channel"
     unit_width: int = 1
 
     @property
     def num_units(self) -> int:
         """Channels that are physically there."""
         return self.out.linear.in_features
+
+    def by_unit(self, columns: Tensor) -> Tensor:
+        """Sorts what belongs to every column ``(c,)`` by units, ``(units, 1)``."""
+        return columns.unsqueeze(1)
 
     def hidden(self, rows: Tensor, mask: Tensor | None) -> Tensor:
         """Returns the activation that feeds the out-projection, ``(..., c)``.
@@ -170,7 +222,7 @@ class FeedForwardSite:
 
 
 UnitGroup = AttentionSite | FeedForwardSite
-"""A set of heads or channels that compete in one module; each loses rows and columns together."""
+"""The units that compete in one module; each loses rows and columns together."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from comp.evaluation import autocast, batch_size_of
 from comp.handle import PruningHandle
 from comp.tasks.base import Batch, Task
 
-PENALTIES: dict[str, float] = {"head": 4.8e-3, "channel": 2e-4}
+PENALTIES: dict[str, float] = {"head": 4.8e-3, "head_dim": 4.8e-3, "channel": 2e-4}
 """Weights of the L1 terms, UPop's for NLVR2 with BLIP (compress_nlvr.py)."""
 
 
@@ -45,7 +45,7 @@ def gradient_scores(
         handle: The handle of the model; its masks must be 0 or 1 and are left as they are.
         task: Gives the training loss.
         batches: Calibration batches on the model's device.
-        penalties: Weight of the L1 term by kind of unit, ``"head"`` and ``"channel"``.
+        penalties: Weight of the L1 term by kind of unit.
 
     Returns:
         Group name to scores ``(units,)``, float32, low is pruned first. A group that the loss

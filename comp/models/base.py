@@ -5,7 +5,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
-from comp.config import Method
+from comp.config import Method, check_site
 from comp.data.images import ImageTransform
 from comp.handle import (
     ALIGNMENT,
@@ -19,6 +19,7 @@ from comp.handle import (
 )
 from comp.madtp import Alignment
 from comp.modes import Stream
+from comp.units import with_unit
 
 
 class Adapter(Protocol):
@@ -81,13 +82,21 @@ def attach_with(
     min_tokens: dict[Stream, int] | None = None,
 ) -> PruningHandle:
     """Puts a handle on a model, or updates the options of the one that is there."""
+    unit = None if switches is None else switches.unit
     existing = getattr(model, "pruning", None)
     if isinstance(existing, PruningHandle):
         handle = existing
         _check_merge(handle.structure, merge)
+        check_site(unit or handle.structure.unit, mask_site)
+        if unit is not None and unit != handle.structure.unit:
+            _check_whole(handle, unit)
+            handle.take_structure(with_unit(adapter.structure(model), unit))
     else:
         structure = adapter.structure(model)
         _check_merge(structure, merge)
+        check_site(unit or "head", mask_site)
+        if unit is not None:
+            structure = with_unit(structure, unit)
         handle = PruningHandle(model, structure)
         swap_forward(handle, model, _save_pretrained, name="save_pretrained")
         adapter.swap_forwards(handle)
@@ -114,6 +123,15 @@ def _check_merge(structure: Structure, merge: str) -> None:
             f"merge 'summary' cannot be: {' and '.join(causal)} tokens of {structure.family} run "
             "in a causal sequence, which has no place for a summary; use 'auto', which merges "
             "where it can, or 'drop'"
+        )
+
+
+def _check_whole(handle: PruningHandle, unit: str) -> None:
+    """Refuses another kind of unit for a model that has lost some."""
+    if handle.kept or handle.masks:
+        raise ValueError(
+            f"unit {unit!r} comes too late: {type(handle.model).__name__} is pruned by "
+            f"{handle.structure.unit!r} already; keep that, or start from the dense model"
         )
 
 
