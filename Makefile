@@ -1,6 +1,8 @@
 # Everything happens in .venv. ARGS passes arguments on: make test ARGS='-m "not slow"'.
+# The tests run in JOBS processes, whole files at a time; JOBS=0 runs them in one.
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint type format docs bench ci constraints clean
@@ -15,7 +17,7 @@ demo: $(VENV)/.installed-base  ## Install, then run the demonstration study
 	@$(BIN)/comp demo $(ARGS)
 
 test: $(VENV)/.installed-test  ## Install with the test extra, then run the whole test suite
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## Check style (ruff)
 	@$(BIN)/ruff check .

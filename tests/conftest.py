@@ -51,19 +51,20 @@ def mlflow_tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return database
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Notes the equations that a test holds code against, and which tests share a process.
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Notes the equations that a test holds code against."""
+    for mark in item.iter_markers("equations"):
+        item.user_properties += [("equation", equation) for equation in mark.args]
 
-    With several processes (``pytest -n 3 --dist loadgroup``) those of one folder stay in one, so
-    that what they start is started once; the long ones that kill things have one of their own.
-    """
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first, so that no process is left alone with one at the end."""
+    urgency = dict.fromkeys((item.path for item in items), 0)
     for item in items:
-        folder = item.path.parent.name
-        group = "chaos" if item.path.stem == "test_chaos" else folder
-        item.add_marker(pytest.mark.xdist_group(group))
-        for mark in item.iter_markers("equations"):
-            item.user_properties += [("equation", equation) for equation in mark.args]
+        for value, name in enumerate(("slow", "chaos"), start=1):
+            if item.get_closest_marker(name):
+                urgency[item.path] = max(urgency[item.path], value)
+    items.sort(key=lambda item: -urgency[item.path])
 
 
 def pytest_terminal_summary(
