@@ -7,7 +7,7 @@ duplicated for the two images, as BLIP does with its one-stream checkpoints.
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -176,13 +176,14 @@ def train_dense(
     return card
 
 
-def saved_accuracy(directory: Path, task: Task, device: torch.device) -> dict[str, float]:
+def saved_accuracy(
+    directory: Path, task: Task, device: torch.device, splits: Sequence[str] = ("val", "test")
+) -> dict[str, float]:
     """Evaluates a model as it was saved, in half precision: points of 100 by split."""
     model = load_pruned(directory).to(device)
     attach(model).stock_when_idle = False
     return {
-        split: round(evaluate(model, task, split, device=device)[0].metric, 2)
-        for split in ("val", "test")
+        split: round(evaluate(model, task, split, device=device)[0].metric, 2) for split in splits
     }
 
 

@@ -5,15 +5,13 @@ from typing import Any
 
 import pytest
 
-from comp.data.openmoji import OpenMoji, build_openmoji, load_openmoji
+from comp.data.openmoji import OpenMoji, load_openmoji, openmoji_path
 
 
 @pytest.fixture(scope="session")
-def openmoji_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A freshly built OpenMoji file at 64 px."""
-    path = tmp_path_factory.mktemp("data") / "openmoji.parquet"
-    build_openmoji(path)
-    return path
+def openmoji_file() -> Path:
+    """OpenMoji at 64 px, built by this version of the code (its number is in the name)."""
+    return openmoji_path()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -122,8 +123,9 @@ def test_a_cache_that_cannot_be_written_says_what_to_set(
 
 
 def test_two_processes_build_the_cache_at_once_over_a_broken_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    openmoji_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = pq.read_table(openmoji_file)
     monkeypatch.setenv("COMP_CACHE", str(tmp_path))
     path = cached_file(64)
     path.write_bytes(b"half a fi")
@@ -131,6 +133,7 @@ def test_two_processes_build_the_cache_at_once_over_a_broken_file(
         counts = list(pool.map(load_count, range(2)))
     assert counts[0] == counts[1] > 3500
     assert list(tmp_path.iterdir()) == [path]
+    assert pq.read_table(path).equals(before), "the code builds another file: raise _BUILD"
 
 
 def test_decoded_pixels_are_kept_in_a_file_that_processes_share(
