@@ -1,67 +1,127 @@
 """Peak memory of pruning beside fine-tuning: BLIP-base NLVR2 at 224 px, batch 2, fresh processes.
 
-Fine-tuning: two AdamW steps of the stock model and an evaluation pass. Pruning: the same on the
-attached model with fading masks, after a calibration pass, with the dense copy that a ``Pruner``
-keeps for its latencies. On a CPU the peak is the process's resident set, on an accelerator what
-torch allocated there. Rows go to benchmarks/results/memory-<machine>.parquet and .md.
+Fine-tuning: AdamW steps of the stock model with clipped gradients, each followed by an evaluation
+pass. Pruning: a whole ``Pruner`` run with steps and passes of the same batches: the dense model's
+point with its latency, stages with calibration and probing, and at each of two ratios the
+trajectory's copy fine-tuned and its latency taken beside the dense model's. Images are random, and
+so are the weights. On a CPU the peak is the process's resident set, mapped files included, on an
+accelerator what torch allocated there. Rows go to benchmarks/results/memory-<machine>.parquet
+and .md, the ratio to results/summary.json.
 """
 
-import copy
 import json
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from speed_models import blip_inputs, blip_nlvr
 from summary import Row, replace_rows, show
 from timing import Table, device
+from torch import Tensor, nn
 
 from comp.config import PruningConfig
 from comp.finetune import make_optimizer
-from comp.models import attach
+from comp.pruner import Pruner
+from comp.results import CurvePoint
+from comp.tasks.base import Batch
 
-STEPS, BATCH, SIZE = 2, 2, 224
+BATCH, SIZE = 2, 224
 GOAL = 1.15
+CONFIG = PruningConfig(
+    ratios=(0.2, 0.5),
+    stage_quantum=0.1,
+    quantum_cap=1.0,
+    steps_per_stage=2,
+    fine_tune_steps=4,
+    fine_tune_checks=2,
+    batch_size=BATCH,
+    eval_batch_size=BATCH,
+    eval_samples=BATCH,
+    test_samples=BATCH,
+    calibration_samples=BATCH,
+    probe_samples=BATCH,
+)
 
 
-def run(kind: str) -> None:
-    """One of the two kinds; prints its peak in MiB."""
-    torch.set_num_threads(1)
-    model: Any = blip_nlvr(SIZE).to(device())
-    inputs = {name: value.to(device()) for name, value in blip_inputs(BATCH, SIZE).items()}
-    labels = torch.zeros(BATCH, dtype=torch.int64, device=device())
-    dense = copy.deepcopy(model).cpu() if kind == "pruning" else None
-    if kind == "pruning":
-        handle = attach(model)
-        handle.stock_when_idle = False
-        with torch.no_grad(), handle.metering(), handle.collecting():
-            model(**inputs)
-        for name, group in handle.groups.items():
-            handle.masks[name] = torch.full((group.num_units,), 0.5, device=device())
-    optimizer = make_optimizer(model, PruningConfig())
-    model.train()
-    for _ in range(STEPS):
+class RandomPairs:
+    """One batch of random image pairs and statements, again and again."""
+
+    name = "random-pairs"
+    metric_name = "accuracy"
+
+    def __init__(self) -> None:
+        labels = torch.arange(BATCH) % 2
+        self.batch: Batch = {**blip_inputs(BATCH, SIZE), "labels": labels}
+
+    def train_batches(self, *, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+        while True:
+            yield self.batch
+
+    def batches(
+        self, split: str, *, batch_size: int, num_samples: int | None = None
+    ) -> Iterator[Batch]:
+        yield self.batch
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        loss: Tensor = model(**batch).loss
+        return loss
+
+    def score(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        right = (logits.argmax(-1) == batch["labels"]).float()
+        return right, F.cross_entropy(logits, batch["labels"], reduction="none")
+
+
+def fine_tune(model: Any) -> dict[str, Any]:
+    """Steps of the stock model, as many as one of the pruning's fine-tunings has."""
+    model = model.to(device())
+    task = RandomPairs()
+    batch = {name: value.to(device()) for name, value in task.batch.items()}
+    optimizer = make_optimizer(model, CONFIG)
+    for _ in range(CONFIG.fine_tune_steps):
+        model.train()
         optimizer.zero_grad(set_to_none=True)
-        model(**inputs, labels=labels).loss.backward()
+        task.loss(model, batch).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CONFIG.max_grad_norm)
         optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        model(**inputs)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        model.eval()
+        with torch.no_grad():
+            task.score(model, batch)
+    return {"reached": 0.0, "points": ""}
+
+
+def prune(model: Any) -> dict[str, Any]:
+    """A whole run; ``points`` says how high the peak was after the dense model and each ratio."""
+    pruner, peaks = Pruner(model, RandomPairs(), CONFIG), []
+    for record in pruner.run():
+        if isinstance(record, CurvePoint):
+            peaks.append(f"{record.ratio_asked}: {peak_mib():.0f}")
+    return {"reached": pruner.ratio, "points": ", ".join(peaks)}
+
+
+def peak_mib() -> float:
+    """The most memory that this process has taken so far."""
     if device().type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    print(json.dumps({"kind": kind, "peak_mib": peak, "dense_copy": dense is not None}))
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+KINDS = {"fine-tuning": fine_tune, "pruning": prune}
 
 
 def main() -> None:
     if len(sys.argv) > 1:
-        run(sys.argv[1])
+        torch.set_num_threads(1)
+        found = KINDS[sys.argv[1]](blip_nlvr(SIZE))
+        print(json.dumps({"kind": sys.argv[1], "peak_mib": peak_mib(), **found}))
         return
-    table = Table("memory", ("kind",), ("kind", "peak_mib", "dense_copy"))
+    table = Table("memory", ("kind",), ("kind", "peak_mib", "reached", "points"))
     peaks = {}
-    for kind in ("fine-tuning", "pruning"):
+    for kind in KINDS:
         command = [sys.executable, __file__, kind]
         result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found = json.loads(result.stdout.splitlines()[-1])
@@ -74,9 +134,10 @@ def main() -> None:
         at_least=False,
         unit="x",
         how=(
-            f"BLIP-base NLVR2, {SIZE} px, batch {BATCH}, {STEPS} AdamW steps, fresh processes, "
-            f"{peaks['pruning']:.0f} over {peaks['fine-tuning']:.0f} MiB with the dense copy for "
-            f"latencies, on {device().type}; benchmarks/measure_memory.py"
+            f"BLIP-base NLVR2, random weights, {SIZE} px, batch {BATCH}, fresh processes, a whole "
+            f"run to ratios {CONFIG.ratios} with fine-tunings and latencies, "
+            f"{peaks['pruning']:.0f} over {peaks['fine-tuning']:.0f} MiB, on {device().type}; "
+            "benchmarks/measure_memory.py"
         ),
     )
     replace_rows([row])

@@ -1,6 +1,5 @@
 """Training steps: the ones between raises and the fine-tuning after the shrink."""
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from comp.errors import NanLoss
 from comp.evaluation import autocast, evaluate, to_device
 from comp.handle import handle_of
 from comp.madtp import LOSS_WEIGHT
+from comp.parking import Parked
 from comp.tasks.base import Batch, Evaluation, Task
 
 RATIO_TOLERANCE = 0.005
@@ -123,10 +123,11 @@ def fine_tune_(
     peak = config.fine_tune_learning_rate or config.learning_rate
     optimizer = make_optimizer(model, config)
     due = {math.ceil(steps * i / checks) for i in range(1, checks + 1)} if steps else set()
-    best: tuple[tuple[bool, float], FineTuned, dict[str, Tensor], dict[str, float]] | None = None
+    best: _Best | None = None
     stream = iter(batches)
     for step in range(steps + 1):
         if step in due or (steps == 0 and step == 0):
+            optimizer.zero_grad(set_to_none=True)
             found = _check(model, task, config, target_macs, dense_macs, step)
             best = _better(model, best, found, target_macs, dense_macs)
         if step == steps:
@@ -144,15 +145,21 @@ def fine_tune_(
         if on_step is not None:
             on_step(step, loss)
     assert best is not None
+    del optimizer
     _, chosen, state, thresholds = best
-    model.load_state_dict(state)
+    for tensor, value in zip(_state_of(model), state.read(), strict=True):
+        tensor.copy_(value)
     handle = handle_of(model)
     handle.thresholds = {s: thresholds[s.value] for s in handle.thresholds}
     model.eval()
     return chosen
 
 
-_Best = tuple[tuple[bool, float], FineTuned, dict[str, Tensor], dict[str, float]]
+_Best = tuple[tuple[bool, float], FineTuned, Parked, dict[str, float]]
+
+
+def _state_of(model: nn.Module) -> list[Tensor]:
+    return list(model.state_dict().values())
 
 
 def _better(
@@ -163,7 +170,7 @@ def _better(
     if best is not None and key <= best[0]:
         return best
     thresholds = {s.value: theta for s, theta in handle_of(model).thresholds.items()}
-    return key, found, copy.deepcopy(model.state_dict()), thresholds
+    return key, found, Parked(_state_of(model)), thresholds
 
 
 def _check(

@@ -106,6 +106,10 @@ class Momentum:
         """
         remove_units_(handle_of(self._slow).groups[group], keep)
 
+    def held(self) -> list[Tensor]:
+        """Returns the tensors themselves: the slow copy's parameters and the queues."""
+        return [*self._slow.parameters(), self._images, self._texts, self._ids]
+
     def tensors(self) -> dict[str, Tensor]:
         """Returns everything that ``load_tensors_`` needs, by name."""
         own = {f"model.{name}": p.detach() for name, p in self._slow.named_parameters()}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from comp.config import PruningConfig
 from comp.cost import Measurement
@@ -29,6 +29,7 @@ from comp.masks import UnitChoice, fade_, mask_value
 from comp.measure import compare_latency
 from comp.models import attach
 from comp.modes import PruningMode, Stream
+from comp.parking import ParkedModel, parked
 from comp.raising import Raise, Raising
 from comp.results import CurvePoint, PruningResult, Snapshot, StageRecord
 from comp.schedules import make_strategy
@@ -49,11 +50,13 @@ class Pruner:
         model_name: Written into the points.
         dense: The dense model's point, if it was measured before; otherwise the first thing
             that ``run`` does is to measure it, which reads the test split.
-        dense_model: The dense model for latency comparison; ``None`` copies ``model``.
+        dense_model: The dense model for latency comparison; ``None`` lets a copy of ``model``
+            wait in a temporary file (``comp.parking``).
 
     Attributes:
         records: Everything ``run`` has yielded.
-        finished_model: After a ``CurvePoint``: the shrunk, fine-tuned model behind it.
+        finished_model: After a ``CurvePoint`` until the next record: the shrunk, fine-tuned model
+            behind it.
 
     Raises:
         ValueError: If the config names a mode that the model does not have.
@@ -73,7 +76,8 @@ class Pruner:
         self.task = task
         self.config = config
         self.model_name = model_name or type(model).__name__
-        self._dense_model = dense_model if dense_model is not None else copy.deepcopy(model)
+        self._dense_model = dense_model if dense_model is not None else ParkedModel(model)
+        self._dense_params = sum(parameter.numel() for parameter in model.parameters())
         self.model = model.to(self.device)
         self.handle: PruningHandle = attach(
             model,
@@ -177,6 +181,7 @@ class Pruner:
                 self._num_passed += 1
                 yield Snapshot(target)
             else:
+                self.finished_model = None
                 yield self._note(self._stage(target))
 
     def _note(self, record: _Body) -> _Body:
@@ -206,7 +211,7 @@ class Pruner:
             return replace(self._given_dense, seed=self.config.seed)
         val = self._evaluate(self.model, "val", final=True)[0] if self._reports else verdict
         test, _ = self._evaluate(self.model, "test", final=True)
-        latency = self._latency(self._dense_model)[1]
+        latency = self._latency(None)[1]
         return CurvePoint(
             model=self.model_name,
             task=self.task.name,
@@ -215,7 +220,7 @@ class Pruner:
             ratio_asked=0.0,
             ratio_reached=0.0,
             gmacs=self._macs / 1e9,
-            params=sum(parameter.numel() for parameter in self._dense_model.parameters()),
+            params=self._dense_params,
             val=val.metric,
             test=test.metric,
             val_before_tuning=verdict.metric,
@@ -335,6 +340,7 @@ class Pruner:
                 total += loss
                 fade_(self.handle, choice, mask_value(step, decay))
         fade_(self.handle, choice, 0.0)
+        self.optimizer.zero_grad(set_to_none=True)
         self._step += steps
         return total / steps
 
@@ -442,8 +448,20 @@ class Pruner:
         Raises:
             NanLoss: If the loss is not finite.
         """
-        before = self.stages[-1].val if self.stages else self.points[0].val
+        self.finished_model = None
         model = copy.deepcopy(self.model)
+        with parked(self._trajectory_tensors()):
+            point = self._finish(model, ratio)
+        self.finished_model = model
+        return self._note(point)
+
+    def _trajectory_tensors(self) -> list[Tensor]:
+        """What only stages need: weights, moments, and what a slow copy holds."""
+        moments = [v for state in self.optimizer.state.values() for v in state.values()]
+        slow = [] if self.handle.momentum is None else self.handle.momentum.held()
+        return [*self.model.parameters(), *moments, *slow]
+
+    def _finish(self, model: nn.Module, ratio: float) -> CurvePoint:
         handle = handle_of(model)
         shrink_(handle)
         with torch.random.fork_rng(devices=self._rng_devices()):
@@ -464,8 +482,7 @@ class Pruner:
             verdict, _ = self._evaluate(model, "val", final=True)
         test, test_cost = self._evaluate(model, "test", final=True)
         dense_ms, pruned_ms = self._latency(model)
-        self.finished_model = model
-        point = CurvePoint(
+        return CurvePoint(
             model=self.model_name,
             task=self.task.name,
             method=self.config.method,
@@ -476,7 +493,7 @@ class Pruner:
             params=num_parameters(model, handle),
             val=verdict.metric,
             test=test.metric,
-            val_before_tuning=before,
+            val_before_tuning=self.stages[-1].val if self.stages else self.points[0].val,
             latency_ms=pruned_ms,
             dense_latency_ms=dense_ms,
             fine_tuned=self.config.fine_tune_steps,
@@ -484,14 +501,22 @@ class Pruner:
             layers=handle.left_in_layers(tuned.cost),
             details=test.details,
         )
-        return self._note(point)
 
-    def _latency(self, model: nn.Module) -> tuple[float, float]:
+    def _latency(self, model: nn.Module | None) -> tuple[float, float]:
+        """Milliseconds of the dense model and of ``model``; ``None`` is the dense one itself."""
         batches = self.task.batches("val", batch_size=self.config.eval_batch_size)
         batch = to_device(next(iter(batches)), self.device)
-        self._dense_model.to(self.device)
-        report = compare_latency(self._dense_model, model, self.task, batch, repeats=7)
+        dense = self._dense_here()
+        report = compare_latency(dense, model or dense, self.task, batch, repeats=7)
         return report.dense_ms, report.pruned_ms
+
+    def _dense_here(self) -> nn.Module:
+        """The dense model on this device, for as long as the caller holds it."""
+        dense = self._dense_model
+        if isinstance(dense, ParkedModel):
+            dense = dense.build()
+        on_device = next(dense.parameters()).device == self.device
+        return dense if on_device else copy.deepcopy(dense).to(self.device)
 
     # --- saving ----------------------------------------------------------------------------
 

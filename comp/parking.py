@@ -1,0 +1,116 @@
+"""Tensors that wait outside the memory that training needs.
+
+While a copy of the trajectory is fine-tuned, the trajectory's own weights and moments do nothing;
+the dense model only has its latency taken; the best weights so far are only gone back to. Tensors
+of the CPU wait in a temporary file without a name, which ends with the process however that ends,
+and come back as private pages of it, read when they are touched and copied when they are written.
+Tensors of an accelerator wait in host memory.
+"""
+
+import copy
+import mmap
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+_ALIGNMENT = 64  # what torch gives its own memory; some kernels round otherwise elsewhere
+
+
+class Parked:
+    """Copies of tensors as they are now, bit for bit.
+
+    If the disk cannot take them they stay in memory, with a warning.
+
+    Args:
+        tensors: Tensors of one or more devices.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._held: list[Tensor | tuple[int, torch.Size, torch.dtype]] = []
+        tensors = list(tensors)
+        try:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as this)
+            self._held = [self._put(tensor.detach()) for tensor in tensors]
+            self._file.flush()
+        except OSError as error:
+            warnings.warn(
+                f"weights that wait cannot be written to {tempfile.gettempdir()} "
+                f"({error.strerror}) and take memory instead; point TMPDIR to a disk with room",
+                stacklevel=2,
+            )
+            self._held = [tensor.detach().cpu().clone() for tensor in tensors]
+
+    def _put(self, tensor: Tensor) -> Tensor | tuple[int, torch.Size, torch.dtype]:
+        if tensor.device.type != "cpu":
+            return tensor.cpu()
+        if not tensor.numel() or not tensor.is_contiguous():
+            return tensor.clone()
+        self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
+        offset = self._file.tell()
+        self._file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        return offset, tensor.shape, tensor.dtype
+
+    def read(self) -> list[Tensor]:
+        """Returns the tensors on the CPU; who writes to those of the file changes no others."""
+        pages = None
+        found = []
+        for held in self._held:
+            if isinstance(held, Tensor):
+                found.append(held)
+                continue
+            pages = pages or mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+            offset, shape, dtype = held
+            flat = torch.frombuffer(pages, dtype=dtype, count=shape.numel(), offset=offset)
+            found.append(flat.view(shape))
+        return found
+
+
+@contextmanager
+def parked(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Lets tensors wait inside; nothing but ``.data`` of each is exchanged."""
+    devices = [tensor.device for tensor in tensors]
+    for tensor, waiting in zip(tensors, Parked(tensors).read(), strict=True):
+        tensor.data = waiting
+    try:
+        yield
+    finally:
+        for tensor, device in zip(tensors, devices, strict=True):
+            tensor.data = tensor.data.to(device)
+
+
+class ParkedModel:
+    """A copy of a model of which only the structure is in memory.
+
+    Args:
+        model: Stays as it is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        tensors = _tensors_of(model)
+        self._weights = Parked(tensors)
+        without = [torch.empty_like(tensor, device="meta") for tensor in tensors]
+        self._structure = _copy_with(model, without)
+
+    def build(self) -> nn.Module:
+        """Returns the model on the CPU; its weights are there until it is dropped."""
+        return _copy_with(self._structure, self._weights.read())
+
+
+def _tensors_of(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _copy_with(model: nn.Module, others: list[Tensor]) -> nn.Module:
+    """Copies a model with other tensors in the place of its own; ties stay ties."""
+    pairs = zip(_tensors_of(model), others, strict=True)
+    return copy.deepcopy(model, {id(own): _alike(own, other) for own, other in pairs})
+
+
+def _alike(tensor: Tensor, data: Tensor) -> Tensor:
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(data, requires_grad=tensor.requires_grad)
+    return data
