@@ -27,16 +27,16 @@ from comp.config import PruningConfig
 from comp.finetune import make_optimizer
 from comp.pruner import Pruner
 from comp.results import CurvePoint
-from comp.tasks.base import Batch
+from comp.tasks.base import ALONE, Batch, Shard
 
 BATCH, SIZE = 2, 224
 GOAL = 1.15
 CONFIG = PruningConfig(
-    ratios=(0.2, 0.5),
-    stage_quantum=0.1,
+    ratios=(0.15, 0.3),
+    stage_quantum=0.15,
     quantum_cap=1.0,
     steps_per_stage=2,
-    fine_tune_steps=4,
+    fine_tune_steps=2,
     fine_tune_checks=2,
     batch_size=BATCH,
     eval_batch_size=BATCH,
@@ -57,7 +57,9 @@ class RandomPairs:
         labels = torch.arange(BATCH) % 2
         self.batch: Batch = {**blip_inputs(BATCH, SIZE), "labels": labels}
 
-    def train_batches(self, *, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    def train_batches(
+        self, *, batch_size: int, seed: int, start: int = 0, shard: Shard = ALONE
+    ) -> Iterator[Batch]:
         while True:
             yield self.batch
 

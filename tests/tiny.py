@@ -31,7 +31,7 @@ from comp.cost import Meter
 from comp.handle import PruningHandle
 from comp.models.blip_nlvr import BlipForNLVR
 from comp.modes import PruningMode
-from comp.tasks.base import Batch
+from comp.tasks.base import ALONE, Batch, Shard
 
 PAD, BOS, SEP = 0, 1, 2
 VOCABULARY = 40
@@ -496,14 +496,16 @@ class TinyTask:
         }
         self.samples = samples
 
-    def train_batches(self, *, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
-        step = start
+    def train_batches(
+        self, *, batch_size: int, seed: int, start: int = 0, shard: Shard = ALONE
+    ) -> Iterator[Batch]:
+        step = start + shard[0]
         while True:
             generator = torch.Generator().manual_seed(seed * 100_003 + step)
             yield self._rows(
                 "train", torch.randperm(self.samples, generator=generator)[:batch_size]
             )
-            step += 1
+            step += shard[1]
 
     def batches(
         self, split: str, *, batch_size: int, num_samples: int | None = None

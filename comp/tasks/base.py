@@ -7,6 +7,10 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 Batch = dict[str, Any]
+Shard = tuple[int, int]
+"""Rank and number of the workers that take training batches by turns."""
+
+ALONE: Shard = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,14 @@ class Task(Protocol):
     name: str
     metric_name: str
 
-    def train_batches(self, *, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    def train_batches(
+        self, *, batch_size: int, seed: int, start: int = 0, shard: Shard = ALONE
+    ) -> Iterator[Batch]:
         """Yields shuffled training batches without end, from step ``start`` on.
 
         ``train_batches(seed=s, start=k)`` continues ``train_batches(seed=s)`` after ``k`` batches
-        without reading those.
+        without reading those. Of ``n`` workers the one with ``shard=(r, n)`` gets the batches of
+        steps ``start + r``, ``start + r + n`` and so on, without reading the others'.
         """
         ...
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from comp.data.images import ImageTransform, decode_image
 from comp.data.layout import EncodedImage, Row, Rows, epoch_order
-from comp.tasks.base import Batch
+from comp.tasks.base import ALONE, Batch, Shard
 
 Sample = TypeVar("Sample")
 
@@ -129,7 +129,7 @@ def shuffled_batches(
     start: int = 0,
     augment: bool,
     flip: bool,
-    shard: tuple[int, int] = (0, 1),
+    shard: Shard = ALONE,
 ) -> Iterator[Batch]:
     """Yields shuffled training batches without end, each a function of seed and step.
 
@@ -196,7 +196,7 @@ def training_order(
     batch_size: int,
     seed: int,
     start: int = 0,
-    shard: tuple[int, int] = (0, 1),
+    shard: Shard = ALONE,
 ) -> Iterator[tuple[int, list[int]]]:
     """Yields the step and the sample indexes of one batch after another, without end.
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 from comp.blocks import unmetered
 from comp.data.images import normalize
 from comp.metrics import cider
-from comp.tasks.base import Batch
+from comp.tasks.base import ALONE, Batch, Shard
 from comp.tasks.batching import Streamed, ordered_batches, sample_splits, shuffled_batches
 from comp.tasks.captions import MAX_CAPTIONS, CaptionedImage, drawn_captions
 from comp.tasks.text import TextTokenizer, pad, pad_mask
@@ -70,7 +70,9 @@ class CaptioningTask:
             raise ValueError("the tokenizer has no bos_token; captions begin with BLIP's [DEC]")
         self._start = [int(tokenizer.bos_token_id), *self._spell(prompt)]
 
-    def train_batches(self, *, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    def train_batches(
+        self, *, batch_size: int, seed: int, start: int = 0, shard: Shard = ALONE
+    ) -> Iterator[Batch]:
         """Yields shuffled training batches without end, one caption an image; see ``Task``."""
 
         def collate(chosen: Sequence[CaptionedImage], pixels: Tensor, step: int) -> Batch:
@@ -83,6 +85,7 @@ class CaptioningTask:
             batch_size=batch_size,
             seed=seed,
             start=start,
+            shard=shard,
             augment=self._augment,
             flip=False,
         )

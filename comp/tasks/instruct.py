@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from comp.data.images import normalize
 from comp.data.layout import EncodedImage, Row
-from comp.tasks.base import Batch
+from comp.tasks.base import ALONE, Batch, Shard
 from comp.tasks.batching import (
     Images,
     Streamed,
@@ -123,7 +123,9 @@ class InstructTask:
         self._dialogue = dialogue_of(tokenizer)
         self._image_place = self._dialogue.image_place
 
-    def train_batches(self, *, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    def train_batches(
+        self, *, batch_size: int, seed: int, start: int = 0, shard: Shard = ALONE
+    ) -> Iterator[Batch]:
         """Yields shuffled training batches without end; see ``Task``."""
         return shuffled_batches(
             self.conversations["train"],
@@ -132,6 +134,7 @@ class InstructTask:
             batch_size=batch_size,
             seed=seed,
             start=start,
+            shard=shard,
             augment=self._augment,
             flip=self._flip,
         )

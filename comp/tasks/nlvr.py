@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from comp.data.images import normalize
 from comp.data.layout import EncodedImage, Row
-from comp.tasks.base import Batch
+from comp.tasks.base import ALONE, Batch, Shard
 from comp.tasks.batching import (
     Images,
     Streamed,
@@ -74,7 +74,9 @@ class NlvrTask:
         self._tokenizer = tokenizer
         self._pad_id = int(tokenizer.pad_token_id or 0)
 
-    def train_batches(self, *, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    def train_batches(
+        self, *, batch_size: int, seed: int, start: int = 0, shard: Shard = ALONE
+    ) -> Iterator[Batch]:
         """Yields shuffled training batches without end; see ``Task``."""
         return shuffled_batches(
             self.statements["train"],
@@ -83,6 +85,7 @@ class NlvrTask:
             batch_size=batch_size,
             seed=seed,
             start=start,
+            shard=shard,
             augment=self._augment,
             flip=False,
         )

@@ -22,7 +22,7 @@ from comp.blocks import unmetered
 from comp.contrast import Candidates, Ranks, contrastive_loss, hard_negatives, rank_and_loss
 from comp.data.images import normalize
 from comp.momentum import momentum_of
-from comp.tasks.base import Batch
+from comp.tasks.base import ALONE, Batch, Shard
 from comp.tasks.batching import Streamed, sample_splits, shuffled_batches
 from comp.tasks.captions import MAX_CAPTIONS, CaptionedImage, drawn_captions
 from comp.tasks.encoders import (
@@ -85,7 +85,9 @@ class RetrievalTask:
         self._max_tokens = MAX_BERT_TOKENS if _vocabulary(tokenizer, "[SEP]") else MAX_TOKENS
         self._judge_id = _vocabulary(tokenizer, "[ENC]")
 
-    def train_batches(self, *, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    def train_batches(
+        self, *, batch_size: int, seed: int, start: int = 0, shard: Shard = ALONE
+    ) -> Iterator[Batch]:
         """Yields shuffled training batches without end, one caption an image; see ``Task``."""
 
         def collate(chosen: Sequence[CaptionedImage], pixels: Tensor, step: int) -> Batch:
@@ -99,6 +101,7 @@ class RetrievalTask:
             batch_size=batch_size,
             seed=seed,
             start=start,
+            shard=shard,
             augment=self._augment,
             flip=False,
         )

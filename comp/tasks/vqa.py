@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from comp.data.images import normalize
 from comp.data.layout import EncodedImage, Row
-from comp.tasks.base import Batch
+from comp.tasks.base import ALONE, Batch, Shard
 from comp.tasks.batching import (
     Images,
     Streamed,
@@ -106,7 +106,9 @@ class VqaTask:
         for index, answer in enumerate(self.answers):
             self._normalized.setdefault(normalize_answer(answer), []).append(index)
 
-    def train_batches(self, *, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    def train_batches(
+        self, *, batch_size: int, seed: int, start: int = 0, shard: Shard = ALONE
+    ) -> Iterator[Batch]:
         """Yields shuffled training batches without end; see ``Task``."""
         return shuffled_batches(
             self.questions["train"],
@@ -115,6 +117,7 @@ class VqaTask:
             batch_size=batch_size,
             seed=seed,
             start=start,
+            shard=shard,
             augment=self._augment,
             flip=self._flip,
         )

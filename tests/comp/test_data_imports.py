@@ -113,6 +113,33 @@ def test_nlvr2_trains_and_a_model_that_says_true_is_right_on_the_true_half(
     assert evaluate(model, task, "val")[0].metric == 50.0
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nlvr2", "nlvr2"),
+        ("karpathy", "retrieval"),
+        ("karpathy", "captioning"),
+        ("vqav2", "vqa"),
+        ("llava", "instruct"),
+    ],
+)
+def test_workers_share_the_training_batches_of_an_imported_set(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    _, out = imported(name, tmp_path)
+    task: Any = build_task(kind, tokenizer=tokenizer(), image_size=64, data=out)
+    order = {"batch_size": 2, "seed": 3, "start": 1}
+    alone = list(islice(task.train_batches(**order), 4))
+    workers = [task.train_batches(**order, shard=(rank, 2)) for rank in range(2)]
+    together = [next(workers[step % 2]) for step in range(4)]
+    assert all(
+        torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key]))
+        for one, other in zip(alone, together, strict=True)
+        for key in one
+        if isinstance(one[key], torch.Tensor)
+    )
+
+
 def test_vqav2_trains_and_scores_as_ten_people_say(tmp_path: Path) -> None:
     _, out = imported("vqav2", tmp_path)
     words = tokenizer()
