@@ -51,7 +51,7 @@ class Parked:
             return tensor.clone()
         self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
         offset = self._file.tell()
-        self._file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        self._file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return offset, tensor.shape, tensor.dtype
 
     def read(self) -> list[Tensor]:
