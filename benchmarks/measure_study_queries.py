@@ -9,6 +9,7 @@ the study's last trial. ``--keep DIRECTORY`` writes the study there, or goes on 
 import argparse
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -54,27 +55,35 @@ def study_spec(root: str, num_trials: int) -> StudySpec:
     return spec
 
 
-def seconds_of(words: list[str], root: str) -> float:
+def seconds_of(words: list[str], root: str) -> tuple[float, float]:
+    """Returns how long a command takes by the clock, and how much processor time."""
     command = [sys.executable, "-m", "studies.cli", *words, "--root", root]
-    start = time.perf_counter()
+    before, start = processor_seconds(), time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, processor_seconds() - before
+
+
+def processor_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def measure(root: str, num_trials: int) -> list[Row]:
-    start = time.perf_counter()
+    start = time.perf_counter()  # some five minutes
     runner = "orchestration_trials:noop"
     outcome = run_study(study_spec(root, num_trials), InlineExecutor, runner=runner)
     assert outcome.counts == {"complete": num_trials}, outcome
     print(f"{num_trials} trials are there after {time.perf_counter() - start:.0f} s")
     rows = []
     for name, words in COMMANDS.items():
-        first, *times = [seconds_of(words, root) for _ in range(1 + REPEATS)]
+        first, *calls = [seconds_of(words, root) for _ in range(1 + REPEATS)]
+        times = [seconds for seconds, _ in calls]
         how = (
-            f"median of {REPEATS} ({min(times):.2f} to {max(times):.2f} s), first call "
-            f"{first:.2f} s; {num_trials} trials of five records, journal and runs in memory, "
-            f"{os.cpu_count()} cores shared with other work, {platform.machine()}, "
-            f"Python {platform.python_version()}"
+            f"median of {REPEATS} ({min(times):.2f} to {max(times):.2f} s) at "
+            f"{statistics.median(used for _, used in calls):.2f} s of processor time, first call "
+            f"{first[0]:.2f} s; {num_trials} trials of five records, journal and runs in memory, "
+            f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores, {platform.machine()}, "
+            f"Python {platform.python_version()}; benchmarks/measure_study_queries.py"
         )
         value = statistics.median(times)
         rows.append(

@@ -11,15 +11,11 @@ from studies.cli_base import (
     FAILURE,
     INTERRUPTED,
     LOCKED,
-    Interrupted,
     answer,
     common,
     example,
-    find_folder,
     mistakes,
-    root_option,
     say,
-    show_counts,
 )
 
 if TYPE_CHECKING:
@@ -43,24 +39,18 @@ class JobEnded(click.ClickException):
         vars(self)["exit_code"] = code
 
 
-@click.command(
-    epilog=example(
-        "comp study attach demo-vqa",
-        "comp study attach demo-vqa --address http://127.0.0.1:8265",
-    )
-)
+@click.command(epilog=example("comp study attach demo-vqa --address http://127.0.0.1:8265"))
 @click.argument("name")
-@click.option("--address", metavar="URL", help="Where it runs as a job, see comp study run.")
-@root_option
+@click.option(
+    "--address", metavar="URL", required=True, help="Where it runs as a job, see comp study run."
+)
 @common
-def attach(name: str, address: str | None, root: str | None, as_json: bool) -> None:
-    """Follow a study that another process runs, or a job at --address.
+def attach(name: str, address: str, as_json: bool) -> None:
+    """Follow a study that runs as a job of a cluster.
 
-    Ctrl-C detaches and the study goes on; for a job a second Ctrl-C stops it.
+    Ctrl-C detaches and the study goes on; a second Ctrl-C stops it. For a study that another
+    process here runs there is 'comp study watch'.
     """
-    if address is None:
-        _watch(name, root, as_json=as_json)
-        return
     from orchestration.ray_jobs import RayJobs
 
     with mistakes():
@@ -72,28 +62,6 @@ def attach(name: str, address: str | None, root: str | None, as_json: bool) -> N
             f"--address {address}'"
         )
     follow(jobs, state.job, name, as_json=as_json)
-
-
-def _watch(name: str, root: str | None, *, as_json: bool) -> None:
-    """Follows a study that a process with the same root runs."""
-    from orchestration.lock import owner_of
-    from studies.session import showing_progress
-    from studies.watch import watch
-
-    with mistakes():
-        folder = find_folder(name, root)
-    owner = owner_of(folder.location)
-    if owner is None:
-        go_on = f"comp study resume {name}{'' if root is None else f' --root {root}'}"
-        raise click.ClickException(f"nobody runs study {name!r} now; go on with it by '{go_on}'")
-    say(f"study {name!r} is run by process {owner[1]} on {owner[0]}; Ctrl-C detaches")
-    try:
-        with showing_progress() as progress:
-            summary = watch(folder, progress)
-    except KeyboardInterrupt:
-        raise Interrupted("detached; the study goes on") from None
-    text = f"the driver has ended: {show_counts(summary.counts)} of {summary.n_trials} trials"
-    answer(as_json, {"study": name, "counts": summary.counts, "n_trials": summary.n_trials}, text)
 
 
 def submit(spec: "StudySpec", address: str, *, inline: bool, as_json: bool) -> None:

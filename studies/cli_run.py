@@ -150,6 +150,7 @@ def compare(
     address of an MLflow tracking server.
     """
     from studies.comparison import compare_sources
+    from studies.comparison_text import comparison_text
     from studies.sources import find_sources
 
     with mistakes():
@@ -168,6 +169,7 @@ def compare(
             from studies.page import write_page
 
             written.append(write_page(comparison, html, num_images=images))
-    lines = [comparison.to_text(), *(f"wrote {path}" for path in written)]
+    lines = [comparison_text(comparison), *(f"wrote {path}" for path in written)]
     files = [str(path) for path in written]
-    answer(as_json, {**comparison.to_dict(), "files": files}, "\n".join(lines))
+    values = {**comparison.to_dict(), "files": files} if as_json else {}
+    answer(as_json, values, "\n".join(lines))

@@ -146,12 +146,12 @@ def best(name: str, root: str | None, as_json: bool) -> None:
 
     with mistakes():
         folder = find_folder(name, root)
-    report = read_report(folder)
+    report = read_report(folder, best_alone=True)
     winner = report.summary.best
     if winner is None:
         raise click.ClickException(report.summary.why_no_best)
     directories = [folder.run(run_id) for run_id in winner.runs]
-    values = {**trial_dict(winner), "directories": directories, "table": report.to_dict()["table"]}
+    values = {**trial_dict(winner), "directories": directories, "table": report.table}
     answer(as_json, values, "\n".join([report.to_text(), "", *directories]))
 
 
@@ -234,5 +234,5 @@ def watchable(spec: "StudySpec") -> "Iterator[None]":
     try:
         yield
     except LockHeld as error:
-        words = f"comp study attach {spec.name} --root {spec.root}"
+        words = f"comp study watch {spec.name} --root {spec.root}"
         raise JobEnded(f"{error}; to watch it: {words}", LOCKED) from None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,11 +23,9 @@ from studies.curves import (
     write_points,
 )
 from studies.paired import Difference, paired_difference
-from studies.report import columns
 from studies.sources import Source
 
 By = Literal["settings", "method"]
-MAX_FRONT = 8  # points of the Pareto front in the text
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,22 @@ class PairedRow:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What of a curve is compared.
+
+    Attributes:
+        values: The metric at every ratio; ``None`` where the run does not reach.
+        area: Mean height over the common ratios.
+    """
+
+    values: tuple[float | None, ...]
+    area: float
+
+
+Readings = dict[int, Reading]  # by id of the curve: run ids of two roots may be equal
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Runs of one task side by side.
 
@@ -114,58 +129,6 @@ class Comparison:
             ],
             "skipped": list(self.skipped),
         }
-
-    def to_text(self) -> str:
-        """Returns the tables that a terminal shows."""
-        names = [f"{self.metric} at {ratio:g}" for ratio in self.ratios]
-        area_name = f"area {self.span[0]:g}-{self.span[1]:.3g}"
-        head = ["run", "method", "seeds", *names, area_name]
-        lines = columns([head, *(_row_cells(row) for row in self.rows)])
-        lines += self._gaps()
-        lines += ["", *self._differences(names, area_name), "", *self._front()]
-        if self.skipped:
-            lines += ["", f"without a finished ratio: {', '.join(self.skipped)}"]
-        return "\n".join(lines)
-
-    def _gaps(self) -> list[str]:
-        short = [
-            f"-: {row.name} ends at ratio {min(float(c.ratios[-1]) for c in row.curves):.3f}"
-            for row in self.rows
-            if None in row.values
-        ]
-        more = [f"-: so do {len(short) - 5} more"] if len(short) > 5 else []
-        return [*short[:5], *more]
-
-    def _differences(self, names: list[str], area_name: str) -> list[str]:
-        if not self.paired:
-            return [
-                f"no paired differences: no other row shares a seed with {self.baseline}"
-                if len(self.rows) > 1
-                else "no differences: there is one row only"
-            ]
-        head = ["run", "pairs", *names, area_name]
-        cells = [
-            [row.name, str(len(row.seeds)), *map(_or_dash, row.values), str(row.area)]
-            for row in self.paired
-        ]
-        note = f"difference to {self.baseline}, paired by seed, 95 % bootstrap interval:"
-        return [note, *columns([head, *cells])]
-
-    def _front(self) -> list[str]:
-        front = pareto_curve_points(self.curves, self.metric)
-        cells = [
-            [
-                f"{point.gmacs:.4g}",
-                f"{getattr(point, self.metric):.2f}",
-                curve.run if point.method != "dense" else "dense",
-                f"{point.ratio_reached:.3f}",
-            ]
-            for curve, point in front
-        ]
-        left = len(cells) - MAX_FRONT
-        more = [f"and {left} more; --json has all"] if left > 0 else []
-        table = columns([["GFLOPs", self.metric, "run", "ratio"], *cells[:MAX_FRONT]])
-        return ["Pareto front, cheapest first:", *table, *more]
 
     def write(
         self, *, csv: Path | None = None, parquet: Path | None = None, plot: Path | None = None
@@ -237,10 +200,11 @@ def compare_sources(
     groups: dict[str, list[Curve]] = {}
     for curve in curves:
         groups.setdefault(_key(curve, by), []).append(curve)
-    rows = [_row(group, at, span, metric, by) for group in groups.values()]
+    read = {id(curve): _read(curve, at, span, metric) for curve in curves}
+    rows = [_row(group, read, by) for group in groups.values()]
     reference = _find_baseline(rows, baseline)
-    paired = [_pair(row, reference, at, span, metric) for row in rows if row is not reference]
-    order = {row.name: index for index, row in enumerate(sorted(rows, key=_by_area))}
+    rows.sort(key=_by_area)
+    paired = [_pair(row, reference, read) for row in rows if row is not reference]
     return Comparison(
         sources=tuple(able),
         curves=tuple(curves),
@@ -248,9 +212,9 @@ def compare_sources(
         metric=metric,
         ratios=at,
         span=span,
-        rows=tuple(sorted(rows, key=_by_area)),
+        rows=tuple(rows),
         baseline=reference.name,
-        paired=tuple(sorted((p for p in paired if p), key=lambda p: order[p.name])),
+        paired=tuple(pair for pair in paired if pair is not None),
     )
 
 
@@ -298,28 +262,31 @@ def _key(curve: Curve, by: By) -> str:
     )
 
 
-def _row(
-    group: Sequence[Curve],
-    ratios: Sequence[float],
-    span: tuple[float, float],
-    metric: Metric,
-    by: By,
-) -> ComparedRow:
-    values = [
-        spread([value_at(curve, ratio, metric) for curve in group])
-        if all(covers(curve, ratio) for curve in group)
-        else None
-        for ratio in ratios
-    ]
-    last = group[0].last
+def _read(
+    curve: Curve, ratios: Sequence[float], span: tuple[float, float], metric: Metric
+) -> Reading:
+    """Reads a curve at every ratio that it covers, and its area."""
+    values = [value_at(curve, r, metric) if covers(curve, r) else None for r in ratios]
+    return Reading(tuple(values), area(curve, *span, metric))
+
+
+def _row(group: Sequence[Curve], read: Readings, by: By) -> ComparedRow:
+    last, readings = group[0].last, [read[id(curve)] for curve in group]
+    columns = zip(*(reading.values for reading in readings), strict=True)
     return ComparedRow(
         name=f"{last.method} on {last.model}" if by == "method" else group[0].run,
         model=last.model,
         method=last.method,
         curves=tuple(group),
-        values=tuple(values),
-        area=spread([area(curve, *span, metric) for curve in group]),
+        values=tuple(map(_mean_of, columns)),
+        area=spread([reading.area for reading in readings]),
     )
+
+
+def _mean_of(values: Sequence[float | None]) -> Spread | None:
+    """Returns mean and spread, ``None`` if a run does not reach so far."""
+    known = [value for value in values if value is not None]
+    return spread(known) if len(known) == len(values) else None
 
 
 def _find_baseline(rows: Sequence[ComparedRow], name: str) -> ComparedRow:
@@ -338,39 +305,37 @@ def _find_baseline(rows: Sequence[ComparedRow], name: str) -> ComparedRow:
     )
 
 
-def _pair(
-    row: ComparedRow,
-    reference: ComparedRow,
-    ratios: Sequence[float],
-    span: tuple[float, float],
-    metric: Metric,
-) -> PairedRow | None:
+def _pair(row: ComparedRow, reference: ComparedRow, read: Readings) -> PairedRow | None:
     """Subtracts the baseline's mean from the row's, seed by seed; ``None`` if none is shared."""
-    seeds = sorted(set(row.seeds) & set(reference.seeds))
+    mine, theirs = _by_seed(row, read), _by_seed(reference, read)
+    seeds = sorted(mine.keys() & theirs.keys())
     if not seeds:
         return None
-
-    def mean(of: ComparedRow, seed: int, ratio: float | None) -> float:
-        own = [curve for curve in of.curves if curve.last.seed == seed]
-        if ratio is None:
-            return spread([area(curve, *span, metric) for curve in own]).mean
-        return spread([value_at(curve, ratio, metric) for curve in own]).mean
-
-    def difference(ratio: float | None) -> Difference:
-        return paired_difference([mean(row, s, ratio) - mean(reference, s, ratio) for s in seeds])
-
-    both = zip(ratios, row.values, reference.values, strict=True)
-    values = [difference(ratio) if mine and theirs else None for ratio, mine, theirs in both]
-    return PairedRow(row.name, tuple(seeds), tuple(values), difference(None))
+    both = zip(row.values, reference.values, strict=True)
+    values = [
+        paired_difference([mine[s][index] - theirs[s][index] for s in seeds])
+        if own is not None and other is not None
+        else None
+        for index, (own, other) in enumerate(both)
+    ]
+    areas = paired_difference([mine[seed][-1] - theirs[seed][-1] for seed in seeds])
+    return PairedRow(row.name, tuple(seeds), tuple(values), areas)
 
 
-def _or_dash(value: object) -> str:
-    return "-" if value is None else str(value)
+def _by_seed(row: ComparedRow, read: Readings) -> dict[int, list[float]]:
+    """Returns the means of a row's values, and last of its areas, over the runs of each seed.
 
-
-def _row_cells(row: ComparedRow) -> list[str]:
-    values = map(_or_dash, row.values)
-    return [row.name, row.method, str(len(row.seeds)), *values, str(row.area)]
+    A value that some run does not reach is no number.
+    """
+    found: dict[int, list[list[float]]] = {}
+    for curve in row.curves:
+        reading = read[id(curve)]
+        values = [math.nan if value is None else value for value in reading.values]
+        found.setdefault(curve.last.seed, []).append([*values, reading.area])
+    return {
+        seed: [sum(column) / len(runs) for column in zip(*runs, strict=True)]
+        for seed, runs in found.items()
+    }
 
 
 def _row_dict(row: ComparedRow) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from studies.curves import Curve
 from studies.folder import StudyFolder
 from studies.jobs import cell_of, dense_job, trial_jobs
 from studies.objectives import judge
-from studies.run_index import write_index
+from studies.run_index import IndexWriter, write_index
 from studies.spec import StudySpec
 from studies.stage_reports import Report, StageReports
 from studies.study import OpenTrial, Study
@@ -63,7 +63,7 @@ def run_study(
     Args:
         spec: The checked spec, with absolute places.
         open_executor: Called once the study is this driver's.
-        consumers: Told of every event: progress lines, MLflow.
+        consumers: Told of every event: progress lines, MLflow. ``open_executor`` may add some.
         should_stop: See ``Driver``.
         runner: See ``Job.runner``.
 
@@ -76,6 +76,7 @@ def run_study(
     with folder.hold():
         folder.freeze(spec)
         with open_executor() as executor, executor.hold(spec.name):
+            consumers = [*consumers, IndexWriter(folder)]
             driver = Driver(spec, executor, consumers, should_stop=should_stop, runner=runner)
             outcome = driver.run()
         write_index(folder)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from orchestration.lock import owner_of
 from orchestration.progress import show_seconds
 from orchestration.store import read_run
 from studies.folder import StudyFolder
@@ -49,18 +50,27 @@ class View:
         spec: What was asked.
         summary: The trials.
         live: The runs of trials that are not over.
+        owner: Host and process id of whoever holds the study; ``None`` if nobody does.
         pulse: The driver's last sign of life.
     """
 
     spec: StudySpec
     summary: StudySummary
     live: tuple[LiveRun, ...]
+    owner: tuple[str, int] | None
     pulse: Pulse | None
 
     @property
     def is_driven(self) -> bool:
-        """Whether a driver is at work."""
-        return self.pulse is not None and self.pulse.is_fresh
+        """Whether a driver is at work.
+
+        From another host nobody can tell whether it still holds the study, so that one that has
+        fallen silent counts as dead; one that just began has not spoken yet.
+        """
+        if self.owner is None:
+            return False
+        is_of_owner = self.pulse is not None and (self.pulse.host, self.pulse.pid) == self.owner
+        return not is_of_owner or (self.pulse is not None and self.pulse.is_fresh)
 
     @property
     def seconds_left(self) -> float | None:
@@ -100,7 +110,8 @@ class Watcher:
         running = [trial for trial in summary.trials if trial.state == "running"]
         found = [_live_run(self._folder, t, run) for t in running for run in t.runs]
         live = tuple(run for run in found if run is not None)
-        return View(self._reader.spec, summary, live, read_pulse(self._folder))
+        owner = owner_of(self._folder.location)
+        return View(self._reader.spec, summary, live, owner, read_pulse(self._folder))
 
 
 def _live_run(folder: StudyFolder, trial: TrialSummary, run_id: str) -> LiveRun | None:
@@ -142,9 +153,10 @@ def driver_line(view: View) -> str:
     if not view.is_driven:
         go_on = f"'comp study resume {name}' goes on"
         return "finished" if view.summary.is_finished else f"no driver is at work; {go_on}"
-    assert view.pulse is not None
-    used = [f"{n} {use:g} of {total:g}" for n, (use, total) in view.pulse.resources.items()]
-    place = f"driver: process {view.pulse.pid} on {view.pulse.host}"
+    assert view.owner is not None
+    have = view.pulse.resources if view.pulse else {}
+    used = [f"{n} {use:g} of {total:g}" for n, (use, total) in have.items()]
+    place = f"driver: process {view.owner[1]} on {view.owner[0]}"
     return "; ".join([place, *(["in use: " + ", ".join(used)] if used else [])])
 
 
@@ -164,7 +176,8 @@ def opening(view: View) -> list[str]:
     """Returns the lines that a log begins with."""
     spec = view.spec
     title = f"{spec.name}: {spec.model} on {spec.task}, {objective_name(spec.objective)}"
-    return [title, headline(view), driver_line(view), best_line(view)]
+    head = [title, headline(view), driver_line(view), best_line(view)]
+    return [*head, *map(run_line, view.live)]
 
 
 def changes(before: View, after: View) -> list[str]:

@@ -64,7 +64,8 @@ class StudyReport:
     Attributes:
         spec: What was asked.
         summary: The trials.
-        runs: The runs of all trials that have a point, the dense reference left out.
+        runs: The runs of all trials that have a point, the dense reference left out; those of
+            the best trial alone if no others were asked for.
         curves: Their curves, in the same order.
         best: The curves of the best trial, one a seed.
         rows: The table of the best trial, the dense model first.
@@ -82,6 +83,11 @@ class StudyReport:
         """All points of all trials, without the dense ones."""
         return [p for curve in self.curves for p in curve.points if p.method != "dense"]
 
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """The rows as plain JSON values."""
+        return [dataclasses.asdict(row) for row in self.rows]
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values."""
         best = self.summary.best
@@ -93,7 +99,7 @@ class StudyReport:
             "n_trials": self.spec.n_trials,
             "counts": self.summary.counts,
             "best": trial_dict(best) if best else None,
-            "table": [dataclasses.asdict(row) for row in self.rows],
+            "table": self.table,
             "front": [trial.number for trial in self.summary.front],
             "trials": [trial_dict(trial) for trial in self.summary.trials],
             "pareto": [point.to_dict() for point in pareto_front(self.points)],
@@ -154,15 +160,20 @@ INTERVAL_NOTE = (
 NOTE = "GFLOPs with multiply-add = 1, per validation sample; latency of one evaluation batch"
 
 
-def read_report(folder: StudyFolder) -> StudyReport:
-    """Reads a study and the curves of its trials from disk."""
+def read_report(folder: StudyFolder, *, best_alone: bool = False) -> StudyReport:
+    """Reads a study and the curves of its trials from disk.
+
+    Args:
+        folder: The study.
+        best_alone: Leave out the curves of all trials but the best.
+    """
     spec = folder.read_spec()
     summary = summarize(folder, spec)
-    have = {run.job.run_id: run for run in read_point_runs(folder)}
+    have = {} if best_alone else {run.job.run_id: run for run in read_point_runs(folder)}
     found = {}
-    for trial in summary.trials:
+    for trial in summary.front[:1] if best_alone else summary.trials:
         for run_id in trial.runs:
-            run = have.get(run_id) or _read_copied(folder, run_id)
+            run = have.get(run_id) or _read_alone(folder, run_id)
             curve = curve_of(run) if run else None
             if run is not None and curve is not None:
                 found[run_id] = (run, curve)
@@ -178,8 +189,8 @@ def read_report(folder: StudyFolder) -> StudyReport:
     )
 
 
-def _read_copied(folder: StudyFolder, run_id: str) -> Run | None:
-    """Reads a run of an earlier study, whose trials a warm start has copied."""
+def _read_alone(folder: StudyFolder, run_id: str) -> Run | None:
+    """Reads one run, also of an earlier study, whose trials a warm start has copied."""
     try:
         return read_run(folder.run(run_id))
     except FileNotFoundError:

@@ -2,17 +2,21 @@
 
 The run directories stay the truth: an entry counts only while the run's manifest has the size and
 the time that it had then, and runs without an entry are read from their own directories. The
-study's driver writes the file, ``runs.jsonl``; roots that are URIs have none.
+study's driver adds a line to the file, ``runs.jsonl``, whenever a run ends; roots that are URIs
+have none.
 """
 
+import contextlib
 import dataclasses
+import gc
 import json
-from collections.abc import Iterable
-from pathlib import Path
+import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from orchestration.job import Job, Record
-from orchestration.storage import Storage, is_remote, join
+from orchestration.executor import Event
+from orchestration.job import Job, JobEnd, Record
+from orchestration.storage import Storage, is_remote
 from orchestration.store import Run, read_header, read_run
 from studies.folder import StudyFolder
 
@@ -21,7 +25,28 @@ INDEX = "runs.jsonl"
 
 def read_point_runs(folder: StudyFolder) -> list[Run]:
     """Returns the runs of a study by name, with their points and without their stages."""
-    return list(_read(folder)[0].values())
+    with _no_collection():
+        return list(_read(folder)[0].values())
+
+
+class IndexWriter:
+    """A consumer of events that adds runs that end to the file; only the study's driver may.
+
+    Args:
+        folder: The study.
+    """
+
+    def __init__(self, folder: StudyFolder) -> None:
+        self._path = None if is_remote(folder.root) else folder.path / INDEX
+
+    def __call__(self, event: Event) -> None:
+        """Takes one event in."""
+        if self._path is None or not isinstance(event.body, JobEnd):
+            return
+        with contextlib.suppress(OSError):  # the file only saves time, and the end mends it
+            line = _line(_with_points_alone(read_run(event.handle.job.run_dir)))
+            with self._path.open("ab") as stream:
+                stream.write(line.encode())
 
 
 def write_index(folder: StudyFolder) -> None:
@@ -33,20 +58,16 @@ def write_index(folder: StudyFolder) -> None:
     runs, is_current = _read(folder)
     if is_remote(folder.root) or is_current:
         return
-    lines = []
-    for name, run in runs.items():
-        stamp = _stamp(run.location)
-        if stamp is not None and run.outcome == "finished":
-            lines.append(json.dumps({"name": name, "stamp": stamp, **_entry(run)}))
-    folder.storage.write(INDEX, "".join(f"{line}\n" for line in lines).encode())
+    lines = [_line(run) for run in runs.values() if run.outcome == "finished"]
+    folder.storage.write(INDEX, "".join(lines).encode())
 
 
 def _read(folder: StudyFolder) -> tuple[dict[str, Run], bool]:
     """Returns the runs by name, and whether the file had all that are finished."""
     known, is_current = _entries(folder), True
-    runs = {}
+    runs, place = {}, folder.runs
     for name in _names(folder):
-        location = join(folder.runs, name)
+        location = f"{place}/{name}"  # ten thousand times; ``join`` takes a tenth of a millisecond
         entry, stamp = known.get(name), _stamp(location)
         if entry is not None and entry["stamp"] == stamp:
             runs[name] = _run_of(location, entry)
@@ -54,11 +75,26 @@ def _read(folder: StudyFolder) -> tuple[dict[str, Run], bool]:
         header = read_header(location)
         if header is None or header["job"]["study"] != folder.name:
             continue
-        run = read_run(location)
-        points = tuple(record for record in run.records if record.point is not None)
-        runs[name] = dataclasses.replace(run, records=points)
-        is_current = is_current and run.outcome != "finished"
+        runs[name] = _with_points_alone(read_run(location))
+        is_current = is_current and runs[name].outcome != "finished"
     return runs, is_current
+
+
+def _with_points_alone(run: Run) -> Run:
+    points = tuple(record for record in run.records if record.point is not None)
+    return dataclasses.replace(run, records=points)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps Python from looking for garbage among objects that all stay: a fifth of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _names(folder: StudyFolder) -> Iterable[str]:
@@ -70,7 +106,7 @@ def _stamp(location: str) -> list[int] | None:
     if is_remote(location):
         return None
     try:
-        found = (Path(location) / "manifest.json").stat()
+        found = os.stat(f"{location}/manifest.json")  # noqa: PTH116 - a Path takes as long again
     except FileNotFoundError:
         return None
     return [found.st_mtime_ns, found.st_size]
@@ -79,20 +115,27 @@ def _stamp(location: str) -> list[int] | None:
 def _entries(folder: StudyFolder) -> dict[str, dict[str, Any]]:
     if is_remote(folder.root) or not folder.storage.exists(INDEX):
         return {}
-    lines = folder.storage.read(INDEX).splitlines()
-    return {entry["name"]: entry for entry in map(json.loads, lines)}
+    entries = {}
+    for line in folder.storage.read(INDEX).splitlines():
+        with contextlib.suppress(ValueError):  # a line that is being written, or never was
+            entry = json.loads(line)
+            entries[entry["name"]] = entry
+    return entries
 
 
-def _entry(run: Run) -> dict[str, Any]:
+def _line(run: Run) -> str:
     job = run.job.to_dict()
     del job["run_dir"]
-    return {
+    entry = {
+        "name": run.job.run_id,
+        "stamp": _stamp(run.location),
         "uid": run.uid,
         "created": run.created,
         "job": job,
         "records": [record.to_dict() for record in run.records],
         "environment": run.environment,
     }
+    return json.dumps(entry) + "\n"
 
 
 def _run_of(location: str, entry: dict[str, Any]) -> Run:

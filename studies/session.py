@@ -19,7 +19,7 @@ from orchestration.store import Run, list_runs, read_run
 from orchestration.tracked import SCORES, TrackingError
 from orchestration.tracking import PLOTS, UNSYNCED, MlflowTracker, NullTracker, Tracker
 from studies.curves import area, curve_of
-from studies.driver import Outcome, run_study
+from studies.driver import Consumer, Outcome, run_study
 from studies.folder import StudyFolder
 from studies.jobs import SINGLE_RUNS, first_job, prune_job
 from studies.objectives import measure_curve
@@ -53,22 +53,22 @@ def conduct_study(
 
     @contextlib.contextmanager
     def open_executor() -> Iterator[Executor]:
-        pool = InlineExecutor() if inline else on_ray(spec)
-        with contextlib.closing(mirror):  # while the study is ours, so that MLflow has one writer
-            mirror.catch_up(StudyFolder.of(spec))
-            with (
-                pool as executor,
-                stop_on_signals(switch, progress.print),
-                leaving_pulse(StudyFolder.of(spec), _no_cluster if inline else _cluster),
-            ):
+        folder, pool = StudyFolder.of(spec), InlineExecutor() if inline else on_ray(spec)
+        with (  # while the study is ours, so that MLflow has one writer
+            leaving_pulse(folder, _no_cluster if inline else _cluster),
+            contextlib.closing(Mirror(spec, spec.name)) as mirror,
+        ):
+            mirror.catch_up(folder)
+            consumers.append(mirror)
+            with pool as executor, stop_on_signals(switch, progress.print):
                 yield executor
 
-    mirror = Mirror(spec, spec.name)
     with showing_progress() as progress:
+        consumers: list[Consumer] = [progress.update]
         return run_study(
             spec,
             open_executor,
-            [progress.update, mirror],
+            consumers,
             should_stop=switch.is_pressed,
             runner=runner,
         )

@@ -122,6 +122,8 @@ class Study:
             if opened.is_shared:
                 self._claim()
             self._set_up()
+            trials = self._study.get_trials(deepcopy=False)
+            self._num_copied = len(trials) - len(_own(trials))
 
     def _claim(self) -> None:
         """Keeps drivers of other folders off a study in a database.
@@ -165,12 +167,11 @@ class Study:
         """Returns the next trial; ``None`` once there is none left to ask."""
         while True:
             trials = self._take_requests()
-            own = [trial for trial in trials if WARM_START not in trial.user_attrs]
-            is_waiting = any(trial.state == TrialState.WAITING for trial in own)
-            if sum(trial.state != TrialState.WAITING for trial in own) >= self.spec.n_trials:
+            num_waiting = sum(trial.state == TrialState.WAITING for trial in trials)
+            if len(trials) - num_waiting - self._num_copied >= self.spec.n_trials:
                 return None
             grid = self._sampler if isinstance(self._sampler, AskedGrid) else None
-            if grid is not None and not is_waiting and grid.is_used_up(own):
+            if grid is not None and not num_waiting and grid.is_used_up(_own(trials)):
                 return None
             opened = self._open(self._study.ask(), set())
             if opened is not None:
@@ -179,13 +180,15 @@ class Study:
     def _take_requests(self) -> list[FrozenTrial]:
         """Enqueues what people asked for since the last time, and returns all trials."""
         trials = self._study.get_trials(deepcopy=False)
-        taken = {trial.user_attrs.get("request") for trial in trials}
         requests = self._requests.read()
+        if not requests:
+            return trials
+        taken = {trial.user_attrs.get("request") for trial in trials}
         for request, labels in requests.items():
             if request not in taken:
                 self._enqueue(labels, {"start": "request", "request": request})
             self._requests.remove(request)
-        return self._study.get_trials(deepcopy=False) if requests else trials
+        return self._study.get_trials(deepcopy=False)
 
     def _open(self, trial: Trial, reported: set[int]) -> OpenTrial | None:
         try:
@@ -214,6 +217,11 @@ class Study:
     def counts(self) -> dict[str, int]:
         """Returns how many trials are in each state, by its name in lower case."""
         return counts_of(self._study.get_trials(deepcopy=False))
+
+
+def _own(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Returns the trials that a warm start did not copy."""
+    return [trial for trial in trials if WARM_START not in trial.user_attrs]
 
 
 def _stored_spec(study: optuna.Study) -> StudySpec:

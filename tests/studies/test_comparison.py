@@ -5,6 +5,7 @@ import pytest
 
 from orchestration.store import RunDirectory
 from studies.comparison import compare_sources
+from studies.comparison_text import MAX_ROWS, comparison_text
 from studies.curves import Curve
 from studies.errors import SpecError
 from studies.sources import Source, find_sources
@@ -98,7 +99,7 @@ def test_differences_are_taken_within_seeds() -> None:
     (difference,) = paired.values
     assert difference is not None
     assert (difference.mean, difference.low, difference.high) == pytest.approx((1.0, 1.0, 1.0))
-    assert "+1.00 [+1.00, +1.00]" in comparison.to_text()
+    assert "+1.00 [+1.00, +1.00]" in comparison_text(comparison)
 
 
 def test_rows_without_a_common_seed_are_not_paired() -> None:
@@ -106,7 +107,22 @@ def test_rows_without_a_common_seed_are_not_paired() -> None:
     sources = [source("a-1", values, seed=1), source("b-2", values, seed=2, method="params")]
     comparison = compare_sources(sources, [], "val")
     assert comparison.paired == ()
-    assert "no paired differences: no other row shares a seed with a-1" in comparison.to_text()
+    text = comparison_text(comparison)
+    assert "no paired differences: no other row shares a seed with a-1" in text
+
+
+def test_a_terminal_shows_the_highest_rows_and_says_how_many_are_left() -> None:
+    sources = [source(f"r-{n:04d}", {0.0: 90.0, 0.5: n / 100}) for n in range(MAX_ROWS + 1200)]
+    for number, one in enumerate(sources):
+        assert one.curve is not None
+        settings = {"num_stages": str(number)}
+        sources[number] = dataclasses.replace(
+            one, curve=dataclasses.replace(one.curve, settings=settings)
+        )
+    lines = comparison_text(compare_sources(sources, [], "val")).splitlines()
+    assert lines[1].split()[0] == f"r-{MAX_ROWS + 1199}"
+    assert lines[1 + MAX_ROWS] == "and 1,200 more; --json has all"
+    assert len(lines) < 100
 
 
 def test_the_front_names_who_is_on_it() -> None:
@@ -137,7 +153,7 @@ def test_a_ratio_that_some_runs_do_not_reach_is_a_gap_with_a_sentence(tmp_path: 
     by_name = {row.name: row.values[0] for row in comparison.rows}
     assert by_name["a-1"] is None
     assert by_name["b-2"] is not None
-    assert "-: a-1 ends at ratio 0.500" in comparison.to_text()
+    assert "-: a-1 ends at ratio 0.500" in comparison_text(comparison)
 
 
 def test_a_ratio_that_no_run_reaches_is_a_mistake(root: Path) -> None:

@@ -92,7 +92,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, mlflow_tables: Path) -> Stor
         wait_until(lambda: statuses(database).get("s-0001") == ["RUNNING"], 180, "an MLflow run")
         second = start(runner, "study", "resume", "s", *where, log=root / "2.log")
         refused = second.wait(timeout=180)
-        attach = start(runner, "study", "attach", "s", *where, log=root / "3.log")
+        watcher = start(runner, "study", "watch", "s", *where, log=root / "3.log")
         wait_until(lambda: "trial 1" in (root / "3.log").read_text(), 180, "a watch")
         with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as held:
             held.execute("begin immediate")  # MLflow's database takes nothing from now on
@@ -106,7 +106,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, mlflow_tables: Path) -> Stor
             held.execute("rollback")
         holds[1].unlink()
         told = {t.number for t in summary_of(root).trials if t.state == "complete"}
-        attach.wait(timeout=180)
+        watcher.wait(timeout=180)
         before, mlflow_before = records_of(root), statuses(database)
         resume = start(runner, "study", "resume", "s", "--inline", *where, log=root / "4.log")
         resumed = resume.wait(timeout=300)
@@ -132,13 +132,13 @@ def story(tmp_path_factory: pytest.TempPathFactory, mlflow_tables: Path) -> Stor
 def test_a_second_driver_is_refused_with_the_owners_host_and_pid(story: Story) -> None:
     assert story.refused == 3
     assert f"is being run by process {story.pid} on {socket.gethostname()}" in story.refusal
-    assert "comp study attach s --root" in story.refusal
+    assert "comp study watch s --root" in story.refusal
 
 
 def test_whoever_was_refused_can_watch_until_the_driver_ends(story: Story) -> None:
-    assert f"is run by process {story.pid} on {socket.gethostname()}" in story.watched
-    assert "trial 1   done, ratio 0.800" in story.watched
-    assert "the driver has ended: 2 complete" in story.watched
+    assert f"driver: process {story.pid} on {socket.gethostname()}" in story.watched
+    assert "trial 1 complete" in story.watched
+    assert story.watched.endswith("no driver is at work; 'comp study resume s' goes on\n")
 
 
 def test_after_a_killed_driver_no_trial_is_lost_or_left_running(story: Story) -> None:

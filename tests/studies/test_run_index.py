@@ -40,6 +40,24 @@ def test_a_finished_run_is_read_from_the_file_alone(
     assert len(read_point_runs(folder)) == 4
 
 
+def test_a_run_is_in_the_file_as_soon_as_it_ends_and_a_torn_line_does_no_harm(
+    tmp_path: Path,
+) -> None:
+    spec = make_spec(tmp_path, "n_trials=3", "parallel=1")
+    folder, seen = StudyFolder.of(spec), list[int]()
+
+    def count(polls: int) -> None:
+        if folder.storage.exists(INDEX):
+            seen.append(folder.storage.read(INDEX).count(b"\n"))
+
+    run_study(spec, lambda: SlotsExecutor(1, before_poll=count), runner=RUNNER)
+    assert sorted(set(seen)) == [1, 2, 3]
+    whole = read_point_runs(folder)
+    with (folder.path / INDEX).open("ab") as stream:
+        stream.write(b'{"name": "s-0001", "stam')
+    assert read_point_runs(folder) == whole
+
+
 def test_a_run_that_was_made_anew_is_read_anew(folder: StudyFolder) -> None:
     first, second = folder.run("s-0001"), folder.run("s-0002")
     shutil.rmtree(first)

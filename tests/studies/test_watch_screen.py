@@ -1,6 +1,10 @@
 """What a study looks like from another terminal."""
 
+import json
+import os
+import socket
 import time
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 
@@ -10,7 +14,7 @@ from rich.console import Console
 from studies.driver import run_study
 from studies.folder import StudyFolder
 from studies.overview import Watcher, changes, headline, opening
-from studies.pulse import PULSE, leaving_pulse, read_pulse
+from studies.pulse import PULSE, Pulse, leaving_pulse, read_pulse
 from studies.watch_screen import screen_of, watch
 from tests.studies.synthetic import RUNNER, SlotsExecutor, make_spec
 
@@ -41,7 +45,7 @@ def test_a_study_that_nobody_drives_says_how_to_go_on(tmp_path: Path) -> None:
 
 def test_the_driver_leaves_a_sign_of_life_and_takes_it_away(tmp_path: Path) -> None:
     folder = stopped_after(tmp_path, 5)
-    with leaving_pulse(folder, lambda: {"CPUs": (1.0, 2.0)}):
+    with folder.hold(), leaving_pulse(folder, lambda: {"CPUs": (1.0, 2.0)}):
         deadline = time.monotonic() + 30
         while not folder.storage.exists(PULSE) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -49,6 +53,24 @@ def test_the_driver_leaves_a_sign_of_life_and_takes_it_away(tmp_path: Path) -> N
         assert view.is_driven
         assert any(line.endswith("in use: CPUs 1 of 2") for line in opening(view))
     assert read_pulse(folder) is None
+
+
+def test_a_driver_that_has_not_spoken_yet_is_at_work(tmp_path: Path) -> None:
+    """Ray takes seconds to start, and whoever watches at once should not be sent away."""
+    folder = stopped_after(tmp_path, 5)
+    with folder.hold():
+        assert f"driver: process {os.getpid()} on {socket.gethostname()}" in opening(
+            Watcher(folder).look()
+        )
+
+
+def test_a_holder_that_has_fallen_silent_is_not(tmp_path: Path) -> None:
+    """On another host a killed driver leaves its name in the lock's file."""
+    folder = stopped_after(tmp_path, 5)
+    (folder.path / "driver.lock").write_text('{"host": "elsewhere", "pid": 1}')
+    pulse = Pulse(time.time() - 60, time.time() - 90, "elsewhere", 1, {})
+    (folder.path / PULSE).write_text(json.dumps(asdict(pulse)))
+    assert not Watcher(folder).look().is_driven
 
 
 def test_what_happened_between_two_looks_is_a_line_each(tmp_path: Path) -> None:
