@@ -1,5 +1,6 @@
 """Measuring a model on a split: the task's metric, its loss, and what the passes cost."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from comp.cost import Measurement
 from comp.handle import PruningHandle, handle_of
 from comp.importance import ActivationStatistics
+from comp.results import pack_outcomes
 from comp.tasks.base import Batch, Evaluation, ReportingTask, SplitTask, Task
 
 
@@ -113,7 +115,9 @@ def evaluate(
         on_device = (to_device(batch, device) for batch in again)
         with evaluating(model), autocast(device, enabled=mixed):
             metric, details = task.report(model, on_device, *rows)
-    return Evaluation(100 * metric, loss, values.shape[0], details), measured
+    is_mean = final and math.isclose(metric, float(values.double().mean()), abs_tol=1e-6)
+    outcomes = pack_outcomes(values.tolist()) if is_mean else ""
+    return Evaluation(100 * metric, loss, values.shape[0], details, outcomes), measured
 
 
 def measure_cost(

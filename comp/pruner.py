@@ -230,6 +230,7 @@ class Pruner:
             test_ratio=0.0,
             layers=self.handle.left_in_layers(self._cost),
             details=test.details,
+            outcomes=test.outcomes,
         )
 
     # --- one stage -------------------------------------------------------------------------
@@ -500,6 +501,7 @@ class Pruner:
             test_ratio=1.0 - test_cost.macs / self._dense_macs,
             layers=handle.left_in_layers(tuned.cost),
             details=test.details,
+            outcomes=test.outcomes,
         )
 
     def _latency(self, model: nn.Module | None) -> tuple[float, float]:

@@ -1,6 +1,10 @@
 """What a pruning run yields: one record per stage, one point per ratio. No torch in here."""
 
-from collections.abc import Callable, Mapping
+import base64
+import sys
+import zlib
+from array import array
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -8,6 +12,30 @@ from typing import Any, Self
 def _plain(record: Any) -> dict[str, Any]:
     """``dataclasses.asdict`` for fields that are flat, at a tenth of its time."""
     return {k: dict(v) if isinstance(v, dict) else v for k, v in vars(record).items()}
+
+
+def pack_outcomes(values: Iterable[float]) -> str:
+    """Returns numbers as text: float32, little-endian, zlib, Base64; 300 bytes for 1,000."""
+    numbers = array("f", values)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return base64.b64encode(zlib.compress(numbers.tobytes(), 9)).decode()
+
+
+def unpack_outcomes(text: str) -> list[float]:
+    """Returns the numbers that ``pack_outcomes`` was given, in single precision.
+
+    Raises:
+        ValueError: If the text is none of its.
+    """
+    numbers = array("f")
+    try:
+        numbers.frombytes(zlib.decompress(base64.b64decode(text, validate=True)) if text else b"")
+    except (ValueError, zlib.error) as error:
+        raise ValueError(f"outcomes must be text from pack_outcomes, but got {text!r}") from error
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tolist()
 
 
 @dataclass(frozen=True)
@@ -91,6 +119,9 @@ class CurvePoint:
         layers: What is left in every layer: heads, channels, cross-attention heads and the mean
             tokens that leave it, by ``encoder.layer.part``, for example ``vision.3.heads``.
         details: What else papers report of the test split, by name.
+        outcomes: The metric of every test sample, each in [0, 1] and in the order of the split, as
+            ``unpack_outcomes`` reads it; empty where ``test`` is not their mean. With it two
+            models are compared sample by sample.
     """
 
     model: str
@@ -110,6 +141,7 @@ class CurvePoint:
     test_ratio: float
     layers: dict[str, float] = field(default_factory=dict)
     details: dict[str, float] = field(default_factory=dict)
+    outcomes: str = field(default="", repr=False)
 
     @property
     def speed_up(self) -> float:

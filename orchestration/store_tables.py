@@ -70,6 +70,7 @@ CURVE_SCHEMA = pa.schema(
         ("test_ratio", pa.float64()),
         ("details", pa.map_(pa.string(), pa.float64())),
         *_PLACE,
+        ("outcomes", pa.string()),
     ],
     metadata={"comp.table": "curve", "comp.version": str(FORMAT_VERSION)},
 )
@@ -103,7 +104,8 @@ def record_of(row: dict[str, Any], body_type: type[StageRecord] | type[CurvePoin
     for name in ("tokens", "layers", "details"):
         if name in values:
             values[name] = dict(values[name] or ())
-    fields = {field.name: values[field.name] for field in dataclasses.fields(body_type)}
+    known = [field.name for field in dataclasses.fields(body_type) if field.name in values]
+    fields = {name: values[name] for name in known}  # a table may be older than a column
     return Record(row["index"], body_type.from_dict(fields), row["time"], row["attempt"])
 
 

@@ -22,12 +22,15 @@ class Evaluation:
         loss: Mean loss per sample.
         num_samples: Samples behind both.
         details: What else papers report, by name; only of a final evaluation.
+        outcomes: The metric of every sample, packed (``comp.results.pack_outcomes``); only of a
+            final evaluation whose metric is their mean.
     """
 
     metric: float
     loss: float
     num_samples: int
     details: dict[str, float] = field(default_factory=dict)
+    outcomes: str = field(default="", repr=False)
 
 
 class Task(Protocol):

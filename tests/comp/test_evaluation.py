@@ -1,5 +1,7 @@
 """Means over samples, whatever the batch size, and a model left as it was."""
 
+import statistics
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from comp.evaluation import (
 from comp.handle import PruningHandle
 from comp.models import attach
 from comp.modes import Stream
+from comp.results import unpack_outcomes
 from tests.tiny import FAMILIES, TinyFamily, TinyTask, random_masks
 
 
@@ -53,6 +56,16 @@ def test_the_metric_is_a_mean_in_points_of_100() -> None:
     assert verdict.loss == pytest.approx(float(losses.mean()), abs=1e-5)
     assert verdict.metric == pytest.approx(100 * float((-losses).exp().mean()), abs=1e-3)
     assert verdict.num_samples == 3
+
+
+def test_a_final_evaluation_keeps_what_every_sample_got() -> None:
+    family = FAMILIES["blip-nlvr"]
+    task, model = TinyTask(family, samples=5), attach(family.build(0)).model
+    verdict, _ = evaluate(model, task, "val", final=True)
+    outcomes = unpack_outcomes(verdict.outcomes)
+    assert 100 * statistics.mean(outcomes) == pytest.approx(verdict.metric, abs=1e-4)
+    assert len(outcomes) == 5
+    assert evaluate(model, task, "val")[0].outcomes == ""
 
 
 def test_an_empty_split_is_refused() -> None:

@@ -2,7 +2,16 @@
 
 import json
 
-from comp.results import CurvePoint, PruningResult, StageRecord, format_points
+import pytest
+
+from comp.results import (
+    CurvePoint,
+    PruningResult,
+    StageRecord,
+    format_points,
+    pack_outcomes,
+    unpack_outcomes,
+)
 
 DENSE = CurvePoint(
     model="tiny",
@@ -83,3 +92,16 @@ def test_the_table_says_what_counts_as_an_operation() -> None:
 def test_a_result_prints_its_table() -> None:
     result = PruningResult(model=None, stages=[STAGE], points=[DENSE, PRUNED])
     assert str(result) == format_points([DENSE, PRUNED])
+
+
+def test_outcomes_are_kept_in_few_bytes() -> None:
+    values = [float(i % 3 > 0) for i in range(1000)] + [0.25, 1 / 3]
+    text = pack_outcomes(values)
+    assert unpack_outcomes(text) == pytest.approx(values, rel=1e-7)
+    assert len(text) < 400
+    assert unpack_outcomes("") == []
+
+
+def test_text_that_holds_no_outcomes_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be text from pack_outcomes, but got 'abcd'"):
+        unpack_outcomes("abcd")
