@@ -11,7 +11,9 @@ from typing import Any, Literal, Self
 
 from comp.modes import PruningMode
 
-Schedule = Literal["mps", "cas_re", "cas", "lookahead", "joint", "tokens_first", "params_first"]
+Schedule = Literal[
+    "mps", "cas_re", "cas", "lookahead", "joint", "tokens_first", "params_first", "sine"
+]
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Method:
     Attributes:
         cip: Weigh tokens by their importance in parameter scores (Eq. 4, 5).
         cit: Let fading heads count less in token scores (Eq. 7).
-        schedule: How the mode of a stage is chosen.
+        schedule: How the mode of a stage is chosen; ``"sine"`` is UPop's search instead, which
+            selects units anew after every stage (``comp.upop_search``).
         parameters: Whether parameters are pruned at all.
         tokens: Whether tokens are pruned at all.
         parameter_score: ``"wanda"`` scores units by Eq. 3 or 4, ``"gradient"`` as UPop does
@@ -61,6 +64,14 @@ METHODS: dict[str, Method] = {
     "lookahead": Method(cip=True, cit=True, schedule="lookahead"),
     "upop": Method(
         cip=False, cit=False, schedule="joint", tokens=False, parameter_score="gradient"
+    ),
+    "upop_sine": Method(
+        cip=False,
+        cit=False,
+        schedule="sine",
+        tokens=False,
+        parameter_score="gradient",
+        unit="head_dim",
     ),
     "param": Method(cip=False, cit=False, schedule="joint", tokens=False),
     "token": Method(cip=False, cit=False, schedule="joint", parameters=False),
@@ -229,6 +240,7 @@ class PruningConfig:
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name} must be in [{low}, {high}], but got {value}")
         check_site(self.switches.unit, self.mask_site)
+        self._check_search()
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate must divide batch_size ({self.batch_size}), but got {self.accumulate}"
@@ -243,6 +255,22 @@ class PruningConfig:
                 raise ValueError(f"ratios must lie in (0, 1), but got {ratio}{hint}")
         if list(self.ratios) != sorted(set(self.ratios)):
             raise ValueError(f"ratios must ascend without repeats, but got {self.ratios}")
+
+    def _check_search(self) -> None:
+        switches = self.switches
+        if switches.schedule != "sine":
+            return
+        if switches.tokens or switches.parameter_score != "gradient":
+            raise ValueError(
+                "schedule 'sine' is UPop's search by gradients, which drops no tokens, but got "
+                f"it with method {self.method!r} and parameter_score "
+                f"{switches.parameter_score!r}; use method 'upop_sine'"
+            )
+        if len(self.ratios) > 1:
+            raise ValueError(
+                f"schedule 'sine' searches for one ratio, but ratios is {self.ratios}; "
+                "start a run for each"
+            )
 
     def _check_choices(self) -> None:
         if self.method not in METHODS:
@@ -320,6 +348,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
         "joint",
         "tokens_first",
         "params_first",
+        "sine",
     ),
     "parameter_score": (None, "wanda", "gradient"),
     "token_score": (None, "attention", "madtp"),

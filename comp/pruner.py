@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from comp.config import PruningConfig
 from comp.cost import Measurement
 from comp.errors import BudgetUnreachable, NanLoss
-from comp.evaluation import evaluate, resolve_device, to_device
+from comp.evaluation import resolve_device
 from comp.finetune import fine_tune_, make_optimizer, train_step
 from comp.handle import PruningHandle, handle_of
+from comp.lookahead import trial_costs
 from comp.masks import UnitChoice, fade_, mask_value
-from comp.measure import compare_latency
 from comp.models import attach
 from comp.modes import PruningMode, Stream
 from comp.parking import ParkedModel, parked
@@ -35,7 +35,9 @@ from comp.results import CurvePoint, PruningResult, Snapshot, StageRecord
 from comp.schedules import make_strategy
 from comp.shrink import migrate_optimizer_, num_parameters, shrink_
 from comp.strategy import FixedStrategy, LookaheadStrategy
-from comp.tasks.base import Evaluation, PreparingTask, ReportingTask, Task
+from comp.tasks.base import Evaluation, PreparingTask, Task
+from comp.upop_search import UpopSearch
+from comp.yardstick import Yardstick
 
 _Body = TypeVar("_Body", StageRecord, CurvePoint)
 
@@ -76,8 +78,14 @@ class Pruner:
         self.task = task
         self.config = config
         self.model_name = model_name or type(model).__name__
-        self._dense_model = dense_model if dense_model is not None else ParkedModel(model)
-        self._dense_params = sum(parameter.numel() for parameter in model.parameters())
+        self.yardstick = Yardstick(
+            task,
+            config,
+            self.device,
+            dense_model if dense_model is not None else ParkedModel(model),
+            sum(parameter.numel() for parameter in model.parameters()),
+            self.model_name,
+        )
         self.model = model.to(self.device)
         self.handle: PruningHandle = attach(
             model,
@@ -94,6 +102,10 @@ class Pruner:
         self.handle.static_tokens = None  # thresholds decide again, so that stages can raise them
         self.modes = self._allowed_modes()
         self.strategy = make_strategy(config, self.modes)
+        self.search: UpopSearch | None = None
+        if config.switches.schedule == "sine":
+            groups = [group for group in self.handle.groups.values() if group.mode in self.modes]
+            self.search = UpopSearch(self.handle, groups, config.num_stages)
         if isinstance(task, PreparingTask):
             task.prepare_(model)
         self.optimizer = make_optimizer(model, config)
@@ -199,39 +211,17 @@ class Pruner:
 
     def _begin(self) -> CurvePoint:
         point = self._measure_dense()
-        self._raising().check_reachable(self.modes, self.config.ratios[-1])
+        self.raising().check_reachable(self.modes, self.config.ratios[-1])
         return point
 
     def _measure_dense(self) -> CurvePoint:
-        verdict, self._cost = self._evaluate(self.model, "val")
+        verdict, self._cost = self.yardstick.evaluate(self.model, "val")
         self._dense_macs = self._macs = self._cost.macs
-        self._value = self._value_of(verdict.metric, verdict.loss)
-        self._resource = self._dense_resource = self._measure_resource()
+        self._value = self.yardstick.value_of(verdict)
+        self._resource = self._dense_resource = self.yardstick.resource_of(self.model)
         if self._given_dense is not None:
             return replace(self._given_dense, seed=self.config.seed)
-        val = self._evaluate(self.model, "val", final=True)[0] if self._reports else verdict
-        test, _ = self._evaluate(self.model, "test", final=True)
-        latency = self._latency(None)[1]
-        return CurvePoint(
-            model=self.model_name,
-            task=self.task.name,
-            method="dense",
-            seed=self.config.seed,
-            ratio_asked=0.0,
-            ratio_reached=0.0,
-            gmacs=self._macs / 1e9,
-            params=self._dense_params,
-            val=val.metric,
-            test=test.metric,
-            val_before_tuning=verdict.metric,
-            latency_ms=latency,
-            dense_latency_ms=latency,
-            fine_tuned=0,
-            test_ratio=0.0,
-            layers=self.handle.left_in_layers(self._cost),
-            details=test.details,
-            outcomes=test.outcomes,
-        )
+        return self.yardstick.dense_point(self.model, verdict, self._cost)
 
     # --- one stage -------------------------------------------------------------------------
 
@@ -244,23 +234,48 @@ class Pruner:
                 self.ratio,
             )
         begin = time.perf_counter()
-        modes, raised = self._choose_and_raise(ratio)
-        self.handle.thresholds.update(raised.thresholds)
-        train_begin = time.perf_counter()
-        train_loss = self._train(raised.choice, self.config.steps_per_stage)
-        trained = time.perf_counter() - train_begin
-        if self.config.shrink == "stage":
-            migrate_optimizer_(self.optimizer, shrink_(self.handle))
+        run = self._prune if self.search is None else self._search
+        modes, raised, train_loss, trained = run(ratio)
         record = self._measure_stage(ratio, modes, raised, train_loss)
         return replace(record, seconds=time.perf_counter() - begin, train_seconds=trained)
+
+    def _prune(self, ratio: float) -> tuple[str, Raise, float, float]:
+        """Raises a threshold and trains; returns what was done, the loss, and the seconds."""
+        modes, raised = self._choose_and_raise(ratio)
+        self.handle.thresholds.update(raised.thresholds)
+        begin = time.perf_counter()
+        train_loss = self.train(raised.choice, self.config.steps_per_stage)
+        trained = time.perf_counter() - begin
+        if self.config.shrink == "stage":
+            migrate_optimizer_(self.optimizer, shrink_(self.handle))
+        return modes, raised, train_loss, trained
+
+    def _search(self, ratio: float) -> tuple[str, Raise, float, float]:
+        """Does what ``_prune`` does in a stage of UPop's search: it trains and then selects."""
+        assert self.search is not None
+        assert self._cost is not None
+        modes, steps = self.strategy.choose(), self.config.steps_per_stage
+        begin = time.perf_counter()
+        self.search.watch_()
+        train_loss = self.train(UnitChoice({}, 0.0, 0.0), steps)
+        self.search.gather_(steps)
+        trained = time.perf_counter() - begin
+        choice = self.search.update_(
+            len(self.stages),
+            self._cost.unit_macs,
+            self._dense_macs - self._target_macs(ratio),
+            min_heads=self.config.min_heads,
+            min_channels=self.config.min_channels,
+        )
+        removed = max(choice.macs, self.config.min_quantum * self._dense_macs, 1.0)
+        return modes, Raise(choice, {}, choice.threshold, removed), train_loss, trained
 
     def _choose_and_raise(self, ratio: float) -> tuple[str, Raise]:
         """Opens a stage; only if no mode can take a step that fits, one that overshoots may."""
         gap = self._macs - self._target_macs(ratio)
         if isinstance(self.strategy, LookaheadStrategy):
-            costs = {mode: self.lookahead(PruningMode(mode), gap) for mode in self.strategy.live}
-            self.strategy.offer({m: cost for m, cost in costs.items() if cost is not None})
-        raising = self._raising()
+            self.strategy.offer(trial_costs(self, gap, self.config.lookahead_steps))
+        raising = self.raising()
         for coarse in (False, True):
             refused: set[str] = set()
             while True:
@@ -284,41 +299,21 @@ class Pruner:
             self.ratio,
         )
 
-    def _raising(self) -> Raising:
+    def raising(self) -> Raising:
+        """What the next stage may take of the current model."""
         assert self._cost is not None
         return Raising(self.handle, self.task, self.config, self._cost, self._dense_macs)
 
-    def lookahead(self, mode: PruningMode, gap: float) -> float | None:
-        """Tries one mode on a copy of the current state and returns its cost r.
-
-        Trials are independent of each other and leave this pruner as it is, so that they may run
-        side by side.
+    def train(self, choice: UnitChoice, steps: int) -> float:
+        """Trains for some steps while the chosen units fade; returns the mean loss.
 
         Args:
-            mode: The mode to try.
-            gap: Multiply-adds left to the target.
+            choice: Units whose masks end at 0.
+            steps: Optimizer steps; with none the units go at once and the loss is 0.
 
-        Returns:
-            Accuracy lost per share of dense FLOPs removed, or ``None`` if the mode has nothing
-            to give.
+        Raises:
+            NanLoss: If the loss is not finite.
         """
-        trial = self.fork()
-        raised = trial._raising().pick([mode], gap, coarse=True)
-        if raised is None:
-            return None
-        trial.handle.thresholds.update(raised.thresholds)
-        trial._train(raised.choice, self.config.lookahead_steps)
-        verdict, trial._cost = trial._evaluate(trial.model, "val")
-        value = trial._value_of(verdict.metric, verdict.loss)
-        return (self._value - value) / trial._removed_share(raised.macs)
-
-    def fork(self) -> "Pruner":
-        """Returns an independent copy that shares only the task and the dense model."""
-        shared = (self.task, self._dense_model, self.config)
-        return copy.deepcopy(self, {id(value): value for value in shared})
-
-    def _train(self, choice: UnitChoice, steps: int) -> float:
-        """Trains for one stage while the chosen units fade; returns the mean loss."""
         stage = len(self.stages) + 1
         decay = max(1, round(self.config.decay_share * steps))
         batches = self.task.train_batches(
@@ -343,7 +338,7 @@ class Pruner:
         fade_(self.handle, choice, 0.0)
         self.optimizer.zero_grad(set_to_none=True)
         self._step += steps
-        return total / steps
+        return total / max(steps, 1)
 
     def _rng_devices(self) -> list[int]:
         return [self.device.index or 0] if self.device.type == "cuda" else []
@@ -353,13 +348,12 @@ class Pruner:
     ) -> StageRecord:
         """Evaluates a trained stage; the times of the record other than its own are left out."""
         begin = time.perf_counter()
-        verdict, self._cost = self._evaluate(self.model, "val")
+        verdict, cost = self.measure(raised.macs)
         evaluated = time.perf_counter() - begin
-        value = self._value_of(verdict.metric, verdict.loss)
-        cost = (self._value - value) / self._removed_share(raised.macs)
         choice = self.strategy.choice
         self.strategy.record(modes, cost)
-        self._value, self._macs = value, self._cost.macs
+        assert self._cost is not None
+        self._value, self._macs = self.yardstick.value_of(verdict), self._cost.macs
         reached = self._macs <= self._target_macs(ratio) + self._slack
         self._advance_fixed_strategy()
         return StageRecord(
@@ -383,6 +377,19 @@ class Pruner:
             eval_seconds=evaluated,
         )
 
+    def measure(self, predicted_macs: float) -> tuple[Evaluation, float]:
+        """Evaluates the model as it is now.
+
+        Args:
+            predicted_macs: Multiply-adds that the raise before it was to remove.
+
+        Returns:
+            The verdict on the validation subset and the cost r of Eq. 8.
+        """
+        verdict, self._cost = self.yardstick.evaluate(self.model, "val")
+        lost = self._value - self.yardstick.value_of(verdict)
+        return verdict, lost / self._removed_share(predicted_macs)
+
     def _removed_share(self, predicted_macs: float) -> float:
         """Share of the dense model's resource that the stage removed (denominator of Eq. 8).
 
@@ -395,45 +402,15 @@ class Pruner:
             if drop < self.config.min_quantum * self._dense_macs:
                 drop = predicted_macs
             return drop / self._dense_macs
-        before, self._resource = self._resource, self._measure_resource()
+        before, self._resource = self._resource, self.yardstick.resource_of(self.model)
         drop = (before - self._resource) / self._dense_resource
         return max(drop, self.config.min_quantum, 1e-6)
-
-    def _measure_resource(self) -> float:
-        """Parameters or milliseconds of the current model, whichever the cost counts."""
-        if self.config.cost == "params":
-            return float(num_parameters(self.model, self.handle))
-        return self._latency(self.model)[1] if self.config.cost == "latency" else 0.0
 
     def _advance_fixed_strategy(self) -> None:
         """One-after-the-other schedules turn at 1 - sqrt(1 - p), the symmetric split."""
         turn = 1.0 - math.sqrt(1.0 - self.config.ratios[-1])
         if isinstance(self.strategy, FixedStrategy) and self.ratio >= turn:
             self.strategy.advance()
-
-    def _value_of(self, metric: float, loss: float) -> float:
-        return metric if self.config.val_metric == "metric" else -loss
-
-    @property
-    def _reports(self) -> bool:
-        """Whether the points' metric is another than the one that stages go by."""
-        return isinstance(self.task, ReportingTask)
-
-    def _evaluate(
-        self, model: nn.Module, split: str, *, final: bool = False
-    ) -> tuple[Evaluation, Measurement]:
-        return evaluate(
-            model,
-            self.task,
-            split,
-            batch_size=self.config.eval_batch_size,
-            num_samples=(
-                self.config.test_samples if split == "test" else self.config.eval_samples
-            ),
-            device=self.device,
-            mixed=self.config.autocast,
-            final=final,
-        )
 
     # --- one point -------------------------------------------------------------------------
 
@@ -478,47 +455,10 @@ class Pruner:
                 ),
             )
         handle.momentum = None
-        verdict = tuned.validation
-        if self._reports:
-            verdict, _ = self._evaluate(model, "val", final=True)
-        test, test_cost = self._evaluate(model, "test", final=True)
-        dense_ms, pruned_ms = self._latency(model)
-        return CurvePoint(
-            model=self.model_name,
-            task=self.task.name,
-            method=self.config.method,
-            seed=self.config.seed,
-            ratio_asked=ratio,
-            ratio_reached=1.0 - tuned.cost.macs / self._dense_macs,
-            gmacs=tuned.cost.macs / 1e9,
-            params=num_parameters(model, handle),
-            val=verdict.metric,
-            test=test.metric,
-            val_before_tuning=self.stages[-1].val if self.stages else self.points[0].val,
-            latency_ms=pruned_ms,
-            dense_latency_ms=dense_ms,
-            fine_tuned=self.config.fine_tune_steps,
-            test_ratio=1.0 - test_cost.macs / self._dense_macs,
-            layers=handle.left_in_layers(tuned.cost),
-            details=test.details,
-            outcomes=test.outcomes,
+        before = self.stages[-1].val if self.stages else self.points[0].val
+        return self.yardstick.point(
+            model, tuned, ratio=ratio, before=before, dense_macs=self._dense_macs
         )
-
-    def _latency(self, model: nn.Module | None) -> tuple[float, float]:
-        """Milliseconds of the dense model and of ``model``; ``None`` is the dense one itself."""
-        batches = self.task.batches("val", batch_size=self.config.eval_batch_size)
-        batch = to_device(next(iter(batches)), self.device)
-        dense = self._dense_here()
-        report = compare_latency(dense, model or dense, self.task, batch, repeats=7)
-        return report.dense_ms, report.pruned_ms
-
-    def _dense_here(self) -> nn.Module:
-        """The dense model on this device, for as long as the caller holds it."""
-        dense = self._dense_model
-        if isinstance(dense, ParkedModel):
-            dense = dense.build()
-        on_device = next(dense.parameters()).device == self.device
-        return dense if on_device else copy.deepcopy(dense).to(self.device)
 
     # --- saving ----------------------------------------------------------------------------
 

@@ -50,6 +50,8 @@ def save_state(pruner: "Pruner", directory: Path, *, optimizer: bool = True) -> 
             tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
     for name, mask in handle.masks.items():
         tensors[f"mask.{name}"] = mask
+    if pruner.search is not None:
+        tensors |= {f"gradient.{name}": total for name, total in pruner.search.sums.items()}
     if handle.momentum is not None:
         tensors |= {f"momentum.{k}": v for k, v in handle.momentum.tensors().items()}
     target = directory / f"tensors-{secrets.token_hex(4)}.safetensors"
@@ -120,6 +122,8 @@ def load_state(pruner: "Pruner", directory: Path) -> None:
     if unexpected or set(missing) - tied:
         raise CheckpointMismatch(f"{directory} does not fit the model: {missing} {unexpected}")
     handle.masks = _under("mask.", tensors)
+    if pruner.search is not None:
+        pruner.search.sums = _under("gradient.", tensors)
     slow = _under("momentum.", tensors)
     handle.momentum = restored(pruner.model, slow) if slow else None
     pruner.optimizer = _restored_optimizer(pruner, tensors)

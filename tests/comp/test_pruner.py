@@ -18,6 +18,7 @@ from comp.checkpoint import load_pruned
 from comp.config import METHODS, PruningConfig
 from comp.errors import BudgetUnreachable, NanLoss, UnsupportedModelError
 from comp.handle import handle_of
+from comp.lookahead import trial_cost
 from comp.masks import mask_value
 from comp.models import attach
 from comp.modes import PruningMode, Stream
@@ -449,8 +450,8 @@ def test_lookahead_trials_leave_the_pruner_as_it_is() -> None:
     next(iter(pruner.run()))
     weights = copy.deepcopy(pruner.model.state_dict())
     gap = 0.1 * pruner._dense_macs
-    first = [pruner.lookahead(mode, gap) for mode in pruner.modes]
-    again = [pruner.lookahead(mode, gap) for mode in reversed(pruner.modes)][::-1]
+    first = [trial_cost(pruner, mode, gap, 1) for mode in pruner.modes]
+    again = [trial_cost(pruner, mode, gap, 1) for mode in reversed(pruner.modes)][::-1]
     assert first == again
     assert None not in first
     assert not pruner.handle.masks
@@ -464,7 +465,7 @@ def test_lookahead_takes_the_cheapest_trial() -> None:
     stages = pruner.run()
     next(stages)
     gap = pruner._macs - pruner._target_macs(0.12)
-    costs = {mode.value: pruner.lookahead(mode, gap) for mode in pruner.modes}
+    costs = {mode.value: trial_cost(pruner, mode, gap, 1) for mode in pruner.modes}
     record = next(stages)
     assert isinstance(record, StageRecord)
     assert isinstance(pruner.strategy, LookaheadStrategy)
