@@ -79,6 +79,8 @@ class Job:
         runner: ``"module:function"`` that does the work: called with the job and its
             ``store.RunDirectory``, it goes on behind ``directory.records`` and yields what
             ``directory.append`` returns. Benchmarks and tests put a trial of their own here.
+        trust_remote_code: Whether a tokenizer's own code may be run, see ``load_model``. Only the
+            command line says so: nothing that is read from a disk is ever trusted for it.
     """
 
     run_id: str
@@ -100,6 +102,7 @@ class Job:
     attempt: int = 0
     parts: int = 1
     runner: str = DEFAULT_RUNNER
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         check_name("run_id", self.run_id)
@@ -115,8 +118,8 @@ class Job:
     def content_id(self) -> str:
         """16 hexadecimal digits that two jobs share exactly if they must give the same result.
 
-        Names, places, attempts, parts, threads and where fine-tunes run do not count; model, task,
-        data, config, kind and ratio do.
+        Names, places, attempts, parts, threads, where fine-tunes run and whose code is trusted do
+        not count; model, task, data, config, kind and ratio do.
         """
         decisive = {
             "model": self.model,

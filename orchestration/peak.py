@@ -124,7 +124,7 @@ def _run(job: Job) -> Peak:
     from orchestration.worker import load, new_pruner
 
     torch.set_num_threads(job.threads)
-    loaded, task = load(job.model, job.task, job.data)
+    loaded, task = load(job.model, job.task, job.data, job.trust_remote_code)
     pruner = new_pruner(_shortened(job), loaded, task)
     for body in pruner.trajectory():
         if isinstance(body, StageRecord):

@@ -142,4 +142,4 @@ def tags_of(run: Run) -> dict[str, str]:
     return tags
 
 
-_TAGGED = ("study", "trial", "kind", "model", "task", "method", "seed")
+_TAGGED = ("study", "trial", "kind", "model", "task", "method", "seed", "trust_remote_code")

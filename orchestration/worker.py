@@ -110,7 +110,7 @@ def prune(job: Job, directory: RunDirectory) -> Iterator[Record | Fork | Suspend
     if job.kind == "prune" and forks.is_over(directory):
         yield from _wait_for_forks(directory)
         return
-    loaded, task = load(job.model, job.task, job.data)
+    loaded, task = load(job.model, job.task, job.data, job.trust_remote_code)
     try:
         yield from work_on(job, directory, loaded, task)
     finally:
@@ -243,7 +243,9 @@ def _card(job: Job, loaded: "LoadedModel", point: CurvePoint) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=2)
-def load(model: str, task: str, data: str | None) -> "tuple[LoadedModel, Task]":
+def load(
+    model: str, task: str, data: str | None, trust_remote_code: bool = False
+) -> "tuple[LoadedModel, Task]":
     """Loads a dense model and its task once per process; callers must not change either.
 
     Weights and decoded pictures are mapped from files, so that a machine holds them once for all
@@ -252,7 +254,7 @@ def load(model: str, task: str, data: str | None) -> "tuple[LoadedModel, Task]":
     from comp.models import load_model
     from comp.tasks import build_task
 
-    loaded = load_model(model, shared=True)
+    loaded = load_model(model, shared=True, trust_remote_code=trust_remote_code)
     built: Any = build_task(
         task,
         tokenizer=loaded.tokenizer,

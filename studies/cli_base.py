@@ -165,6 +165,15 @@ def device_option(function: Function) -> Function:
     )
 
 
+def trust_option(function: Function) -> Function:
+    """Adds ``--trust-remote-code``, which no spec, variable or file can say instead."""
+    return click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Run the code that a model's tokenizer brings along. Read it first.",
+    )(function)
+
+
 def answer(as_json: bool, values: dict[str, Any], text: str) -> None:
     """Prints a result: a text for people, or one line of JSON as the last of standard output."""
     click.echo(json.dumps(_plain(values), allow_nan=False) if as_json else text)

@@ -64,13 +64,13 @@ def attach(name: str, address: str, as_json: bool) -> None:
     follow(jobs, state.job, name, as_json=as_json)
 
 
-def submit(spec: "StudySpec", address: str, *, inline: bool, as_json: bool) -> None:
+def submit(spec: "StudySpec", address: str, words: list[str], *, as_json: bool) -> None:
     """Submits a study as a job and follows it.
 
     Args:
         spec: The checked spec.
         address: See ``RayJobs``.
-        inline: Without a pool, in the job's own process.
+        words: Further options for the job's ``comp study run``.
         as_json: See ``answer``.
 
     Raises:
@@ -88,8 +88,7 @@ def submit(spec: "StudySpec", address: str, *, inline: bool, as_json: bool) -> N
             f"with 'comp study attach {spec.name} --address {address}'",
             LOCKED,
         )
-    words = [*(["--inline"] if inline else []), *(["--json"] if as_json else [])]
-    job = jobs.submit(spec.name, write_spec(spec), words)
+    job = jobs.submit(spec.name, write_spec(spec), [*words, *(["--json"] if as_json else [])])
     say(f"submitted as job {job}; Ctrl-C detaches")
     follow(jobs, job, spec.name, as_json=as_json)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from studies.cli_base import answer, common, device_option, example, mistakes
+from studies.cli_base import answer, common, device_option, example, mistakes, trust_option
 
 if TYPE_CHECKING:
     from comp.models import LoadedModel
@@ -43,6 +43,7 @@ ratio_option = click.option(
 @task_option
 @data_option
 @device_option
+@trust_option
 @common
 def evaluate(
     model: str,
@@ -54,6 +55,7 @@ def evaluate(
     task: str | None,
     data: Path | None,
     device: str,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Measure a model's accuracy, FLOPs and parameters: a preset, a directory or a run."""
@@ -62,7 +64,7 @@ def evaluate(
     from comp.models import attach
 
     with mistakes():
-        loaded, built = _load(model, ratio, task, data)
+        loaded, built = _load(model, ratio, task, data, trust_remote_code)
         target = resolve_device(device)
         if not hasattr(loaded.model, "pruning"):
             attach(loaded.model)
@@ -153,6 +155,7 @@ def _write_submission(
 @task_option
 @data_option
 @device_option
+@trust_option
 @common
 def measure(
     model: str,
@@ -165,11 +168,12 @@ def measure(
     task: str | None,
     data: Path | None,
     device: str,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Measure a pruned model's latency beside the dense one, in turn in one process."""
     if peak:
-        _measure_peak(model, as_json)
+        _measure_peak(model, trust_remote_code, as_json)
         return
     import dataclasses
 
@@ -182,11 +186,11 @@ def measure(
     if threads:
         torch.set_num_threads(threads)
     with mistakes():
-        loaded, built = _load(model, ratio, task, data)
+        loaded, built = _load(model, ratio, task, data, trust_remote_code)
         reference = dense or loaded.card.get("dense", {}).get("source")
         if not reference:
             raise ValueError(f"{model} does not say what it was pruned from; name it with --dense")
-        original = load_model(reference)
+        original = load_model(reference, trust_remote_code=trust_remote_code)
         target = resolve_device(device)
     batch = to_device(next(iter(built.batches("val", batch_size=batch_size))), target)
     found = compare_latency(
@@ -195,8 +199,10 @@ def measure(
     answer(as_json, {"model": str(model), **dataclasses.asdict(found)}, str(found))
 
 
-def _measure_peak(source: str, as_json: bool) -> None:
+def _measure_peak(source: str, trust_remote_code: bool, as_json: bool) -> None:
     """Measures the memory of a spec's runs and keeps the figure under its root."""
+    import dataclasses
+
     from orchestration.peak import PEAKS, measure_peak, write_peak
     from orchestration.storage import join
     from studies.jobs import first_job
@@ -204,7 +210,7 @@ def _measure_peak(source: str, as_json: bool) -> None:
 
     with mistakes():
         spec = resolve_places(read_spec(source))
-        job = first_job(spec)
+        job = dataclasses.replace(first_job(spec), trust_remote_code=trust_remote_code)
     found = measure_peak(job)
     write_peak(spec.root, job, found)
     place = join(spec.root, PEAKS)
@@ -234,6 +240,7 @@ def _measure_peak(source: str, as_json: bool) -> None:
 @task_option
 @data_option
 @device_option
+@trust_option
 @common
 def diagnose(
     model: str,
@@ -246,6 +253,7 @@ def diagnose(
     task: str | None,
     data: Path | None,
     device: str,
+    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     """Show how far parameter and token importance disagree, layer by layer."""
@@ -261,7 +269,7 @@ def diagnose(
             raise ValueError(f"--share must be in (0, 1), but got {share}")
         if plot is not None and plot.suffix != ".png":
             raise ValueError(f"--plot must name a .png file, but got {plot}")
-        loaded, built = _load(model, ratio, task, data)
+        loaded, built = _load(model, ratio, task, data, trust_remote_code)
         target = resolve_device(device)
         if not hasattr(loaded.model, "pruning"):
             attach(loaded.model)
@@ -296,7 +304,7 @@ def diagnose(
 
 
 def _load(
-    model: str, ratio: float | None, task: str | None, data: Path | None
+    model: str, ratio: float | None, task: str | None, data: Path | None, trust_remote_code: bool
 ) -> "tuple[LoadedModel, Task]":
     """Loads a model and the task it is for.
 
@@ -307,7 +315,8 @@ def _load(
     from comp.tasks import build_task
 
     with at_hand(model) as place:
-        loaded = load_model(find_model(place, ratio))
+        directory = find_model(place, ratio)
+        loaded = load_model(directory, trust_remote_code=trust_remote_code)
     name = task or loaded.task
     if not name:
         raise ValueError(f"{model} does not say its task; name it with --task")

@@ -13,6 +13,7 @@ from studies.cli_base import (
     example,
     mistakes,
     root_option,
+    trust_option,
     with_spec,
 )
 from studies.cli_study import conduct, inline_option
@@ -20,10 +21,18 @@ from studies.cli_study import conduct, inline_option
 
 @click.command(epilog=example("comp prune my-run.yaml --set pruning.num_stages=20"))
 @click.argument("spec")
+@trust_option
 @with_spec
 @common
-def prune(spec: str, overrides: tuple[str, ...], root: str | None, as_json: bool) -> None:
+def prune(
+    spec: str,
+    trust_remote_code: bool,
+    overrides: tuple[str, ...],
+    root: str | None,
+    as_json: bool,
+) -> None:
     """Prune one model as SPEC (a YAML file) says; the same command continues."""
+    from comp.errors import UnsupportedModelError
     from comp.results import format_points
     from orchestration.job import Failure
     from orchestration.store import RunMismatch, read_run
@@ -33,11 +42,11 @@ def prune(spec: str, overrides: tuple[str, ...], root: str | None, as_json: bool
 
     with mistakes():
         checked = load_prune(spec, overrides, root)
-    body = conduct_run(checked)
+    body = conduct_run(checked, trust_remote_code=trust_remote_code)
     if isinstance(body, Failure) and body.kind == "cancelled":
         raise Interrupted("stopped; the same command goes on after the last finished stage")
     if isinstance(body, Failure):
-        is_mistake = body.error == RunMismatch.__name__
+        is_mistake = body.error in (RunMismatch.__name__, UnsupportedModelError.__name__)
         raise Mistake(body.message) if is_mistake else click.ClickException(body.message)
     run = read_run(prune_job(checked).run_dir)
     values = {

@@ -17,6 +17,7 @@ from studies.cli_base import (
     root_option,
     say,
     show_counts,
+    trust_option,
     with_spec,
 )
 from studies.cli_jobs import JobEnded, address_option, attach, submit
@@ -48,12 +49,14 @@ def study() -> None:
 @click.argument("spec")
 @inline_option
 @address_option
+@trust_option
 @with_spec
 @common
 def run(
     spec: str,
     inline: bool,
     address: str | None,
+    trust_remote_code: bool,
     overrides: tuple[str, ...],
     root: str | None,
     as_json: bool,
@@ -67,12 +70,13 @@ def run(
         else:
             checked = [load_study_for(address, spec, overrides, root)]
     if address is not None:
-        submit(checked[0], address, inline=inline, as_json=as_json)
+        words = ["--trust-remote-code"] if trust_remote_code else []
+        submit(checked[0], address, [*words, *(["--inline"] if inline else [])], as_json=as_json)
         return
     for number, one in enumerate(checked, 1):
         if len(checked) > 1:
             say(f"study {number} of {len(checked)}: {one.name}")
-        conduct(one, inline=inline, as_json=as_json)
+        conduct(one, inline=inline, trust_remote_code=trust_remote_code, as_json=as_json)
 
 
 study.add_command(attach)
@@ -81,10 +85,16 @@ study.add_command(attach)
 @study.command(epilog=example("comp study resume demo-vqa --set n_trials=20"))
 @click.argument("name")
 @inline_option
+@trust_option
 @with_spec
 @common
 def resume(
-    name: str, inline: bool, overrides: tuple[str, ...], root: str | None, as_json: bool
+    name: str,
+    inline: bool,
+    trust_remote_code: bool,
+    overrides: tuple[str, ...],
+    root: str | None,
+    as_json: bool,
 ) -> None:
     """Go on with a study that was started under the root."""
     from studies.specfile import load_frozen_study
@@ -92,7 +102,7 @@ def resume(
     with mistakes():
         folder = find_folder(name, root)
         checked = load_frozen_study(folder.read_values(), folder.location, overrides)
-    conduct(checked, inline=inline, as_json=as_json)
+    conduct(checked, inline=inline, trust_remote_code=trust_remote_code, as_json=as_json)
 
 
 @study.command(epilog=example("comp study status demo-vqa"))
@@ -179,6 +189,7 @@ def conduct(
     *,
     inline: bool,
     as_json: bool,
+    trust_remote_code: bool = False,
     next_steps: "Callable[[StudyReport, str], list[tuple[str, str]]] | None" = None,
 ) -> None:
     """Runs a study unless it is finished, writes its report and prints the result.
@@ -187,6 +198,7 @@ def conduct(
         spec: The checked spec.
         inline: Without Ray.
         as_json: See ``answer``.
+        trust_remote_code: See ``Job.trust_remote_code``.
         next_steps: Gives headings and commands to print below the result.
     """
     from studies.folder import StudyFolder
@@ -201,7 +213,7 @@ def conduct(
         send_missed(spec)
     else:
         with watchable(spec):
-            outcome = conduct_study(spec, inline=inline)
+            outcome = conduct_study(spec, inline=inline, trust_remote_code=trust_remote_code)
         why, counts = outcome.why, show_counts(outcome.counts)
         if why == "interrupted":
             raise Interrupted(f"stopped ({counts} of {spec.n_trials} trials); {GO_ON}")

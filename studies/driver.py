@@ -4,6 +4,7 @@ A trial is told from the validation values of ``CurvePoint``s alone, and only af
 its jobs ended with a complete stream. The dense reference runs first; the trials get its point.
 """
 
+import dataclasses
 import logging
 import time
 from collections import deque
@@ -57,6 +58,7 @@ def run_study(
     *,
     should_stop: Callable[[], bool] = lambda: False,
     runner: str = DEFAULT_RUNNER,
+    trust_remote_code: bool = False,
 ) -> Outcome:
     """Runs or continues a study as its only driver.
 
@@ -66,6 +68,7 @@ def run_study(
         consumers: Told of every event: progress lines, MLflow. ``open_executor`` may add some.
         should_stop: See ``Driver``.
         runner: See ``Job.runner``.
+        trust_remote_code: See ``Job.trust_remote_code``.
 
     Raises:
         LockHeld: If another driver has the study.
@@ -77,7 +80,14 @@ def run_study(
         folder.freeze(spec)
         with open_executor() as executor, executor.hold(spec.name):
             consumers = [*consumers, IndexWriter(folder)]
-            driver = Driver(spec, executor, consumers, should_stop=should_stop, runner=runner)
+            driver = Driver(
+                spec,
+                executor,
+                consumers,
+                should_stop=should_stop,
+                runner=runner,
+                trust_remote_code=trust_remote_code,
+            )
             outcome = driver.run()
         write_index(folder)
         return outcome
@@ -110,6 +120,7 @@ class Driver:
             driver to adopt.
         clock: Seconds; for the deadline.
         runner: What the workers run, see ``Job.runner``.
+        trust_remote_code: See ``Job.trust_remote_code``.
     """
 
     spec: StudySpec
@@ -118,6 +129,7 @@ class Driver:
     should_stop: Callable[[], bool] = lambda: False
     clock: Callable[[], float] = time.monotonic
     runner: str = DEFAULT_RUNNER
+    trust_remote_code: bool = False
     _queue: deque[tuple[_Running, Job]] = field(default_factory=deque, init=False)
     _live: dict[Handle, _Running | None] = field(default_factory=dict, init=False)
     _dense: dict[str, CurvePoint] = field(default_factory=dict, init=False)  # by cell
@@ -181,6 +193,7 @@ class Driver:
         self._queue.extend((running, job) for job in jobs)
 
     def _submit(self, running: _Running | None, job: Job) -> None:
+        job = dataclasses.replace(job, trust_remote_code=self.trust_remote_code)
         self._live[self.executor.submit(job)] = running
 
     def _take(self, event: Event) -> None:

@@ -1,6 +1,7 @@
 """Puts a spec together with an executor, MLflow, progress lines and Ctrl-C, and runs it."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -34,7 +35,11 @@ CLOSE_SECONDS = 30.0  # without any progress, after which MLflow is left as it i
 
 
 def conduct_study(
-    spec: StudySpec, *, inline: bool = False, runner: str = DEFAULT_RUNNER
+    spec: StudySpec,
+    *,
+    inline: bool = False,
+    runner: str = DEFAULT_RUNNER,
+    trust_remote_code: bool = False,
 ) -> Outcome:
     """Runs or continues a study with all that a person expects around it.
 
@@ -42,6 +47,7 @@ def conduct_study(
         spec: The checked spec, with absolute places.
         inline: Run one trial after the other in this process instead of on Ray.
         runner: See ``Job.runner``.
+        trust_remote_code: See ``Job.trust_remote_code``.
 
     Raises:
         LockHeld: If another driver has the study.
@@ -71,6 +77,7 @@ def conduct_study(
             consumers,
             should_stop=switch.is_pressed,
             runner=runner,
+            trust_remote_code=trust_remote_code,
         )
 
 
@@ -84,13 +91,21 @@ def _cluster() -> dict[str, tuple[float, float]]:
     return use_of_resources()
 
 
-def conduct_run(spec: PruneSpec, *, runner: str = DEFAULT_RUNNER) -> JobEnd | Failure:
+def conduct_run(
+    spec: PruneSpec, *, runner: str = DEFAULT_RUNNER, trust_remote_code: bool = False
+) -> JobEnd | Failure:
     """Runs or continues a single run in this process.
+
+    Args:
+        spec: The checked spec, with absolute places.
+        runner: See ``Job.runner``.
+        trust_remote_code: See ``Job.trust_remote_code``.
 
     Raises:
         LockHeld: If another process has the run.
     """
-    job, switch = prune_job(spec, runner), StopSwitch()
+    switch = StopSwitch()
+    job = dataclasses.replace(prune_job(spec, runner), trust_remote_code=trust_remote_code)
     with (
         hold_location(job.run_dir, spec.name),
         showing_progress() as progress,

@@ -79,18 +79,22 @@ def attach(
     )
 
 
-def load_model(source: str | Path, *, shared: bool = False) -> LoadedModel:
+def load_model(
+    source: str | Path, *, shared: bool = False, trust_remote_code: bool = False
+) -> LoadedModel:
     """Loads a model with its tokenizer and the way its images are made.
 
     Args:
         source: A preset name, a directory written by ``save_pretrained``, dense or pruned, or a
             repository of the Hugging Face hub, which is looked up on this disk first.
         shared: Share the weights with other processes, see ``load_pruned``.
+        trust_remote_code: Run the tokenizer's code out of the model's own directory, if it brings
+            some. A model's own code is never run: only known classes can be pruned.
 
     Raises:
         ValueError: If the source is none of these.
         UnsupportedModelError: If the directory holds a model of another class, or a tokenizer that
-            is a program of its own: no code out of a model's directory is ever run.
+            is a program of its own and ``trust_remote_code`` is off.
     """
     directory = find_directory(str(source))
     from comp.checkpoint import load_pruned
@@ -100,7 +104,7 @@ def load_model(source: str | Path, *, shared: bool = False) -> LoadedModel:
     adapter = adapter_of(model)
     tokenizer = None
     if any((directory / name).is_file() for name in TOKENIZER_FILES):
-        tokenizer = _load_tokenizer(directory, model)
+        tokenizer = _load_tokenizer(directory, model, trust_remote_code)
     name = str(source)
     return LoadedModel(
         model=model,
@@ -145,24 +149,44 @@ def _load_transform(directory: Path, model: Any) -> ImageTransform:
     return transform_of(processor, size)
 
 
-def _load_tokenizer(directory: Path, model: Any) -> Any:
-    """Loads a tokenizer of a known class; one that brings its own code is refused."""
+def _load_tokenizer(directory: Path, model: Any, trust_remote_code: bool) -> Any:
+    """Loads a tokenizer of a known class, or a trusted one that brings its own code."""
     from transformers import AutoTokenizer
 
-    if "auto_map" in _read_json(directory / "tokenizer_config.json"):
-        raise UnsupportedModelError(
-            f"the tokenizer in {directory} asks to run code out of that directory (auto_map in "
-            "tokenizer_config.json), which this program does not do; save it as a tokenizer of "
-            "transformers"
-        )
+    # With the config at hand transformers runs no code that config.json names.
+    own = {"config": model.config} if _runs_own_code(directory, trust_remote_code) else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            directory, trust_remote_code=False, local_files_only=True
+            directory, trust_remote_code=bool(own), local_files_only=True, **own
         )
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"the tokenizer in {directory} cannot be loaded ({reason})") from error
     return with_blip_tokens(tokenizer, model) if adapter_of(model).name == "blip" else tokenizer
+
+
+def _runs_own_code(directory: Path, trust_remote_code: bool) -> bool:
+    """Tells whether a tokenizer is a program of its own.
+
+    Raises:
+        UnsupportedModelError: If it is one and not trusted, or lies in another repository.
+    """
+    mapped = _read_json(directory / "tokenizer_config.json").get("auto_map")
+    if mapped is None:
+        return False
+    if "--" in str(mapped):  # OWNER/NAME--module.Class
+        raise UnsupportedModelError(
+            f"the tokenizer in {directory} asks to run code of another repository (auto_map in "
+            "tokenizer_config.json), which this program never does; copy that code into the "
+            "directory"
+        )
+    if not trust_remote_code:
+        raise UnsupportedModelError(
+            f"the tokenizer in {directory} asks to run code out of that directory (auto_map in "
+            "tokenizer_config.json); read that code and allow it with --trust-remote-code, or "
+            "save it as a tokenizer of transformers"
+        )
+    return True
 
 
 def _read_json(path: Path) -> dict[str, Any]:
