@@ -65,7 +65,9 @@ class Cluster:
         self.close()
 
 
-def connect(address: str | None = None, *, num_cpus: int | None = None) -> Cluster:
+def connect(
+    address: str | None = None, *, num_cpus: int | None = None, num_gpus: int | None = None
+) -> Cluster:
     """Joins the cluster at ``address`` or ``RAY_ADDRESS``, or starts one on this machine.
 
     A cluster that this process is already connected to is used as it is.
@@ -73,6 +75,7 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> Clust
     Args:
         address: ``host:port``, ``"auto"``, or ``None`` for what the environment says.
         num_cpus: CPUs of a cluster that is started here; ``None`` for those of the machine.
+        num_gpus: The same for GPUs.
 
     Raises:
         ClusterError: If it cannot be reached, runs other versions, or does not start.
@@ -83,7 +86,7 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> Clust
     address = address or os.environ.get("RAY_ADDRESS")
     if address and address != "local":
         return _join(address)
-    return _start(num_cpus)
+    return _start(num_cpus, num_gpus)
 
 
 def _join(address: str) -> Cluster:
@@ -201,7 +204,7 @@ def _on_loopback(wanted: bool) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _start(num_cpus: int | None) -> Cluster:
+def _start(num_cpus: int | None, num_gpus: int | None) -> Cluster:
     # A fresh cluster of one user on one machine needs neither tokens nor statistics; without
     # these two Ray writes a token into the home directory and talks about both.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -212,6 +215,7 @@ def _start(num_cpus: int | None) -> Cluster:
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
+                num_gpus=num_gpus,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_MIB * 2**20,
                 log_to_driver=False,

@@ -56,6 +56,11 @@ class Resources:
         if self.gpus > 1 and self.gpus != int(self.gpus):
             raise ValueError(f"gpus above 1 must be a whole number, but got {self.gpus}")
 
+    def joined(self, other: Self) -> Self:
+        """Returns what is enough for either."""
+        memory = max(self.memory_mib or 0, other.memory_mib or 0) or None
+        return type(self)(max(self.cpus, other.cpus), max(self.gpus, other.gpus), memory)
+
     def __str__(self) -> str:
         parts = [f"{self.cpus:g} CPUs"]
         parts += [f"{self.gpus:g} GPUs"] if self.gpus else []

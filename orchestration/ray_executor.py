@@ -1,15 +1,17 @@
 """An elastic pool of warm Ray actors that run jobs and stream their records back.
 
-Any ready actor takes the next job; nothing ever waits for a given one. The driver owns retries:
-actors and their tasks have none of Ray's own, because Ray matches a retried stream with the first
-by index and cuts it off without an error where they differ.
+Any ready actor of a job's size takes it; nothing ever waits for a given one. Where actors of one
+size hold what one of another size waits for, they make way as their jobs end.
+
+The driver owns retries: actors and their tasks have none of Ray's own, because Ray matches a
+retried stream with the first by index and cuts it off without an error where they differ.
 """
 
 import contextlib
 import logging
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -55,6 +57,7 @@ class _Slot:
 
     Attributes:
         actor: Ray's handle.
+        size: What it asks of the cluster.
         since: Monotonic time of its start, or of the last sign of life while it runs a job.
         place: Where it lives, once it has answered.
         handle: The job it runs.
@@ -64,6 +67,7 @@ class _Slot:
     """
 
     actor: Any
+    size: Resources
     since: float
     place: Place | None = None
     handle: Handle | None = None
@@ -78,7 +82,7 @@ class RayExecutor:
     def __init__(
         self,
         num_slots: int,
-        resources: Resources | None = None,
+        resources: Resources | Callable[[Job], Resources] = Resources(),
         *,
         rules: Mapping[FailureKind, Rule] = RULES,
         stage_timeout: float | None = None,
@@ -86,12 +90,14 @@ class RayExecutor:
         max_growth_mib: int | None = MAX_GROWTH_MIB,
         start_timeout: float = 60.0,
         cancel_grace: float = 10.0,
+        make_way_after: float = 60.0,
     ) -> None:
-        """Checks that a slot fits on the cluster; the first actors start with the first jobs.
+        """Starts nothing; the first actors start with the first jobs.
 
         Args:
             num_slots: Jobs that run at a time, if the cluster has room.
-            resources: What one slot asks for.
+            resources: What one slot asks for: any, or that of a job and its forks; such sizes are
+                to be checked before (``cluster.check_fits``).
             rules: What is tried again, and how often.
             stage_timeout: Longest time between two records of a job in seconds, loading and
                 fine-tuning included; a worker that is silent for longer counts as lost.
@@ -101,21 +107,24 @@ class RayExecutor:
             start_timeout: Seconds to wait for room on the cluster while nothing else runs.
             cancel_grace: Seconds that a cancelled job's worker has to finish its stage before it
                 is replaced.
+            make_way_after: Seconds that a job waits while none of its size runs, before actors of
+                other sizes end for it one after the other, each when its job has.
 
         Raises:
-            ClusterError: If no node could hold a slot.
+            ClusterError: If no node could hold a slot of the one size.
             ValueError: If a number is out of bounds.
         """
         if num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, but got {num_slots}")
         self._num_slots = num_slots
-        self._resources = resources or Resources()
+        self._size_of = resources if callable(resources) else lambda job: resources
         self._rules = rules
         self._stage_timeout = stage_timeout
         self._recycle_after = recycle_after
         self._max_growth_mib = max_growth_mib
         self._start_timeout = start_timeout
         self._cancel_grace = cancel_grace
+        self._make_way_after = make_way_after
         self._pending: deque[Handle] = deque()
         self._queued: dict[Handle, float] = {}  # of those, since when
         self._start_seconds = 0.0  # that the last actor took to come up
@@ -128,18 +137,18 @@ class RayExecutor:
         self._outbox: list[Event] = []
         self._last_progress = time.monotonic()
         self._next_start = 0.0
-        self._actor_class = self._options(PrunerActor)
+        self._actor_class = PrunerActor
         self._head = HeadWatch()
-        check_fits(self._resources)
+        if isinstance(resources, Resources):
+            check_fits(resources)
 
-    def _options(self, actor: type[PrunerActor]) -> Any:
-        asked: dict[str, Any] = {
-            "num_cpus": self._resources.cpus,
-            "num_gpus": self._resources.gpus,
-        }
-        if self._resources.memory_mib:
-            asked["memory"] = self._resources.memory_mib * 2**20
-        return ray.remote(max_restarts=0, max_task_retries=0, **asked)(actor)
+    def _start(self, size: Resources) -> None:
+        asked: dict[str, Any] = {"num_cpus": size.cpus, "num_gpus": size.gpus}
+        if size.memory_mib:
+            asked["memory"] = size.memory_mib * 2**20
+        remote: Any = ray.remote(max_restarts=0, max_task_retries=0, **asked)(self._actor_class)
+        slot = _Slot(remote.remote(self._max_growth_mib), size, time.monotonic())
+        self._starting[slot.actor.where.remote()] = slot
 
     @property
     def num_slots(self) -> int:
@@ -219,23 +228,78 @@ class RayExecutor:
 
     def _top_up(self) -> None:
         """Starts as many actors as there are jobs to run, up to the number of slots."""
-        num_actors = len(self._starting) + len(self._idle) + len(self._busy)
-        wanted = min(self._num_slots, self._num_active) - num_actors
-        if wanted <= 0 or time.monotonic() < self._next_start or not self._is_worth_a_start():
+        waiting = self._waiting_sizes()
+        self._make_way(waiting)
+        if not waiting or time.monotonic() < self._next_start:
             return
-        self._next_start = time.monotonic() + TOP_UP_PAUSE
-        for _ in range(min(wanted, self._starts_at_once())):
-            slot = _Slot(self._actor_class.remote(self._max_growth_mib), time.monotonic())
-            self._starting[slot.actor.where.remote()] = slot
+        starved = self._starved()
+        room = min(self._num_slots - self._num_actors, self._starts_at_once())
+        for size in waiting[: max(room, 0)] if starved is None else [starved][:room]:
+            if size in waiting and self._is_worth_a_start(size):
+                self._next_start = time.monotonic() + TOP_UP_PAUSE
+                self._start(size)
 
-    def _is_worth_a_start(self) -> bool:
+    def _make_way(self, waiting: list[Resources]) -> None:
+        """Ends idle actors that hold what one of another size waits for, or the last slot."""
+        if not self._idle:
+            return
+        pending = {self._size_of(handle.job) for handle in self._pending}
+        late = self._late_to_start()
+        for slot in list(self._idle):
+            is_full = bool(waiting) and self._num_actors >= self._num_slots
+            is_spare = slot.size not in pending and (is_full or late not in (None, slot.size))
+            if is_spare or self._must_go(slot):
+                self._idle.remove(slot)
+                _kill(slot)
+
+    @property
+    def _num_actors(self) -> int:
+        return len(self._starting) + len(self._idle) + len(self._busy)
+
+    def _waiting_sizes(self) -> list[Resources]:
+        """Returns the size of every waiting job that has no actor to come, in their order."""
+        coming = Counter(slot.size for slot in (*self._idle, *self._starting.values()))
+        sizes = []
+        for handle in self._pending:
+            size = self._size_of(handle.job)
+            coming[size] -= 1
+            if coming[size] < 0:
+                sizes.append(size)
+        return sizes
+
+    def _starved(self) -> Resources | None:
+        """Returns the size of the job that waits for too long while none of its size runs."""
+        running = {slot.size for slot in self._busy.values()}
+        since = time.monotonic() - self._make_way_after
+        for handle in self._pending:
+            size = self._size_of(handle.job)
+            if self._queued[handle] < since and size not in running:
+                return size
+        return None
+
+    def _late_to_start(self) -> Resources | None:
+        """Returns the size of an actor that seems to wait for room."""
+        since = time.monotonic() - min(START_SECONDS, self._make_way_after)
+        new = (slot for slot in self._starting.values() if slot.place is None)
+        return next((slot.size for slot in new if slot.since < since), None)
+
+    def _must_go(self, slot: _Slot) -> bool:
+        """Tells whether a free actor is in the way of a job of another size."""
+        starved = self._starved()
+        if starved in (None, slot.size):
+            return False
+        is_coming = any(one.size == starved for one in self._starting.values())
+        return not is_coming or self._late_to_start() == starved
+
+    def _is_worth_a_start(self, size: Resources) -> bool:
         """Tells whether a job has waited for longer than an actor takes to start.
 
         Where jobs last for milliseconds, those that run soon take the ones that wait.
         """
-        if not self._idle and not self._busy:
+        if not any(slot.size == size for slot in (*self._idle, *self._busy.values())):
             return True
-        oldest = min((self._queued[handle] for handle in self._pending), default=None)
+        of_size = (handle for handle in self._pending if self._size_of(handle.job) == size)
+        oldest = min((self._queued[handle] for handle in of_size), default=None)
         return oldest is not None and time.monotonic() - oldest > self._start_seconds
 
     def _starts_at_once(self) -> int:
@@ -285,10 +349,10 @@ class RayExecutor:
         return Event(head, Notice("forked", text, attempt))
 
     def _next_pending(self) -> Handle | None:
-        """Takes the first job that does not pause before a retry."""
-        now = time.monotonic()
+        """Takes the first job that an idle actor fits and that does not pause before a retry."""
+        now, sizes = time.monotonic(), {slot.size for slot in self._idle}
         due = (handle for handle in self._pending if self._resting.get(handle, 0.0) <= now)
-        handle = next(due, None)
+        handle = next((one for one in due if self._size_of(one.job) in sizes), None)
         if handle is not None:
             self._pending.remove(handle)
             self._resting.pop(handle, None)
@@ -297,8 +361,9 @@ class RayExecutor:
 
     def _take_idle(self, job: Job) -> _Slot:
         """Prefers an actor that has the job's model loaded."""
-        key = (job.model, job.task, job.data)
-        slot = next((slot for slot in self._idle if slot.warm_for == key), self._idle[-1])
+        key, size = (job.model, job.task, job.data), self._size_of(job)
+        fitting = [slot for slot in self._idle if slot.size == size]
+        slot = next((slot for slot in fitting if slot.warm_for == key), fitting[-1])
         self._idle.remove(slot)
         slot.warm_for = key
         return slot
@@ -361,6 +426,7 @@ class RayExecutor:
         if (
             recycle
             or slot.retires
+            or self._must_go(slot)
             or (self._recycle_after and slot.num_jobs >= self._recycle_after)
         ):
             _kill(slot)
@@ -433,7 +499,7 @@ class RayExecutor:
         """
         silent = time.monotonic() - self._last_progress
         if self._pending and not self._busy and silent > self._start_timeout:
-            room = describe_room(self._resources, self._num_slots)
+            room = describe_room(self._size_of(self._pending[0].job), self._num_slots)
             raise ClusterError(
                 f"no worker started within {self._start_timeout:g} s: {room}; end other jobs, add "
                 "nodes or ask for less"

@@ -14,6 +14,7 @@ from comp.config import PruningConfig
 from orchestration.job import check_name
 from studies.domains import Section, read_config
 from studies.errors import sentences
+from studies.resources import ResourcesSection
 
 CELL = "cell"  # the key of the space that chooses one
 OWN_KEYS = ("model", "task", "data")  # which stand in the cells, not beside a matrix
@@ -27,12 +28,14 @@ class Cell(Section):
         task: As in a spec.
         data: As in a spec.
         pruning: Keys of ``PruningConfig`` that this cell has otherwise than the spec.
+        resources: What a run of this cell asks for, where that is not what the spec says.
     """
 
     model: str
     task: str
     data: str | None = None
     pruning: dict[str, Any] = Field(default_factory=dict)
+    resources: ResourcesSection | None = None
 
     def config(self, base: PruningConfig) -> PruningConfig:
         """Returns a config with this cell's own keys put over it.
@@ -96,8 +99,10 @@ def expand(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     del plain["matrix"]
     found = []
     for name, cell in matrix.cells.items():
-        own = {"model": cell.model, "task": cell.task, "data": cell.data}
+        own: dict[str, Any] = {"model": cell.model, "task": cell.task, "data": cell.data}
         pruning = {**(plain.get("pruning") or {}), **cell.pruning}
+        if cell.resources is not None:
+            own["resources"] = cell.resources.model_dump()
         named = {**plain, **own, "pruning": pruning, "name": f"{plain.get('name')}-{name}"}
         if matrix.seeds is None:
             found.append(named)

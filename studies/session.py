@@ -4,16 +4,14 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from orchestration.executor import Event, Executor, InlineExecutor, Resources
+from orchestration.executor import Event, Executor, InlineExecutor
 from orchestration.job import DEFAULT_RUNNER, Failure, Job, JobEnd, Record
 from orchestration.lock import LockHeld, hold_location
-from orchestration.peak import read_peak
 from orchestration.progress import Progress
 from orchestration.storage import Storage, last_name
 from orchestration.store import Run, list_runs, read_run
@@ -22,8 +20,9 @@ from orchestration.tracking import PLOTS, UNSYNCED, MlflowTracker, NullTracker, 
 from studies.curves import area, curve_of
 from studies.driver import Consumer, Outcome, run_study
 from studies.folder import StudyFolder
-from studies.jobs import SINGLE_RUNS, first_job, prune_job
+from studies.jobs import SINGLE_RUNS, prune_job
 from studies.objectives import measure_curve
+from studies.pool import on_ray
 from studies.pulse import leaving_pulse
 from studies.spec import PruneSpec, RunSpec, StudySpec
 from studies.specfile import tracking_uri
@@ -122,32 +121,6 @@ def conduct_run(
             if isinstance(event.body, (JobEnd, Failure)):
                 return event.body
     raise RuntimeError(f"run {job.run_id} ended without a last word")
-
-
-@contextlib.contextmanager
-def on_ray(spec: StudySpec) -> Iterator[Executor]:
-    """Opens a pool on the cluster that ``RAY_ADDRESS`` names, or on a Ray of this process."""
-    from orchestration.cluster import connect, total_gpus
-    from orchestration.ray_executor import RayExecutor
-
-    minutes = spec.stage_timeout_minutes
-    timeout = 60 * minutes if minutes else None
-    with connect():
-        asked = spec.resources.gpus
-        gpus = gpu_share(total_gpus(), spec.parallel) if asked == "auto" else asked
-        peak = read_peak(spec.root, first_job(spec))
-        memory = peak.request_mib if peak else None
-        slot = Resources(cpus=spec.resources.cpus, gpus=gpus, memory_mib=memory)
-        with RayExecutor(spec.parallel, slot, stage_timeout=timeout) as executor:
-            yield executor
-
-
-def gpu_share(num_gpus: float, parallel: int) -> float:
-    """Returns what each of several runs may take so that all of them run at once.
-
-    Whole GPUs where there are enough, else equal shares of one; 0 where there is none.
-    """
-    return 1 / math.ceil(parallel / num_gpus) if num_gpus >= 1 else 0.0
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import math
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, PlainValidator, TypeAdapter, field_validator, model_validator
+from pydantic import Field, TypeAdapter, field_validator, model_validator
 
 from comp.config import PruningConfig
 from orchestration.job import FineTune, check_name
@@ -18,6 +18,7 @@ from orchestration.storage import absolute
 from studies.domains import CONFIG_KEYS, DERIVED_KEYS, Config, Domain, Number, Section, check_keys
 from studies.goals import Constraint, Objectives
 from studies.matrix import CELL, Matrix, as_dimension
+from studies.resources import ResourcesSection
 from studies.search import CmaesSampler, GridSampler, Pruner, Sampler, TpeSampler, check_pruner
 from studies.space import check_labels, check_space, grid_of
 
@@ -58,30 +59,6 @@ class Tracking(Section):
         if uri is not None:
             refuse_password("uri", uri, "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
         return uri
-
-
-def _read_gpus(gpus: Any) -> Literal["auto"] | float:
-    if gpus == "auto":
-        return "auto"
-    is_number = isinstance(gpus, (int, float)) and not isinstance(gpus, bool)
-    if not is_number or not (0 <= gpus <= 1 or (gpus > 1 and gpus == round(gpus))):
-        raise ValueError(f"gpus must be auto, a share of one or a whole number, but got {gpus!r}")
-    return float(gpus)
-
-
-class ResourcesSection(Section):
-    """What one run at a time asks of the machine or the cluster.
-
-    Attributes:
-        cpus: CPU cores.
-        gpus: GPUs, or a share of one; ``"auto"`` shares what the cluster has among the runs that
-            go on at a time, and asks for none where there is none.
-        threads: CPU threads of torch.
-    """
-
-    cpus: Annotated[Number, Field(gt=0)] = 1.0
-    gpus: Annotated[Literal["auto"] | float, PlainValidator(_read_gpus)] = "auto"
-    threads: Annotated[int, Field(strict=True, ge=1, le=1024)] = 1
 
 
 class RunSpec(Section):
@@ -270,7 +247,8 @@ class StudySpec(RunSpec):
             return self
         cell = self.matrix.cells[name]
         own = {"model": cell.model, "task": cell.task, "data": cell.data}
-        return self.model_copy(update={**own, "pruning": cell.config(self.pruning)})
+        asked, config = cell.resources or self.resources, cell.config(self.pruning)
+        return self.model_copy(update={**own, "resources": asked, "pruning": config})
 
 
 def _grid_size(space: dict[str, Domain]) -> int:
@@ -298,6 +276,8 @@ def identity(spec: RunSpec) -> dict[str, Any]:
     rest may not.
     """
     values = spec.model_dump(mode="json")
+    for cell in ((values.get("matrix") or {}).get("cells") or {}).values():
+        del cell["resources"]
     return {key: value for key, value in values.items() if key not in RUNTIME_KEYS}
 
 

@@ -37,7 +37,7 @@ def ray_cluster() -> Iterator[str]:
     """A local Ray with four logical CPUs and two logical GPUs; gives its address."""
     from orchestration.cluster import connect
 
-    with connect(num_cpus=4) as cluster:
+    with connect(num_cpus=4, num_gpus=2) as cluster:
         yield cluster.address
 
 

@@ -1,8 +1,10 @@
 """The pool of Ray actors, with real Ray and real accidents."""
 
+import itertools
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -185,7 +187,7 @@ def test_a_stream_that_ends_without_its_end_is_not_taken_for_complete(
     tmp_path: Path, pool: Pool
 ) -> None:
     executor = pool(1)
-    executor._actor_class = executor._options(CutsOff)
+    executor._actor_class = CutsOff
     executor.submit(make_job(tmp_path))
     events = run_all(executor)["s-0000"]
     assert kinds_of(events).count("Record") == 7
@@ -283,6 +285,28 @@ def test_a_second_job_for_one_directory_is_refused(tmp_path: Path, warm: RayExec
     warm.submit(make_job(tmp_path))
     with pytest.raises(ValueError, match="run s-0000 is already under way"):
         warm.submit(make_job(tmp_path))
+
+
+def test_actors_of_unlike_size_do_not_starve_each_other(tmp_path: Path, pool: Pool) -> None:
+    """Each of the small jobs holds half a GPU, and there always is a next one."""
+    sizes = {"small": Resources(cpus=0.5, gpus=0.5), "large": Resources(cpus=0.5, gpus=2)}
+    executor = pool(4, lambda job: sizes[job.model], make_way_after=0.3)
+    numbers, ended = itertools.count(), Counter[str]()
+
+    def submit(model: str) -> None:
+        run = f"s-{next(numbers):04d}"
+        executor.submit(make_job(tmp_path, run=run, model=model, runner="nap"))
+
+    for model in ("small", "small", "small", "large", "small"):
+        submit(model)
+    deadline = time.monotonic() + 60
+    while not (ended["large"] >= 2 and ended["small"] >= 4):
+        assert time.monotonic() < deadline, f"only {ended} ended"
+        for event in executor.poll(0.1):
+            if isinstance(event.body, JobEnd):
+                ended[event.handle.job.model] += 1
+                submit(event.handle.job.model)
+            assert not isinstance(event.body, Failure)
 
 
 def test_no_slots_is_refused() -> None:

@@ -143,6 +143,12 @@ def noop(job: Job, directory: RunDirectory) -> Iterator[Record]:
         yield directory.append(make_stage(stage))
 
 
+def nap(job: Job, directory: RunDirectory) -> Iterator[Record]:
+    """A record after a fifth of a second."""
+    time.sleep(0.2)
+    yield directory.append(make_stage(1))
+
+
 _leaked: list[bytearray] = []
 
 

@@ -7,8 +7,9 @@ import pytest
 from click.testing import CliRunner
 
 from studies.cli import cli
+from studies.jobs import first_job
+from studies.pool import on_ray
 from studies.presets import preset_path
-from studies.session import on_ray
 from studies.spec import StudySpec
 from studies.specfile import read_spec, resolve_places
 
@@ -26,5 +27,5 @@ def test_what_a_real_stage_took_is_what_the_workers_ask_for(
     spec = resolve_places(read_spec(path))
     assert isinstance(spec, StudySpec)
     with on_ray(spec) as executor:
-        asked = executor._resources.memory_mib  # type: ignore[attr-defined]
+        asked = executor._size_of(first_job(spec)).memory_mib  # type: ignore[attr-defined]
     assert asked == round(1.1 * found["host_mib"]) + 128

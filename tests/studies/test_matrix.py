@@ -9,7 +9,8 @@ from orchestration.store import read_run
 from studies.driver import run_study
 from studies.errors import SpecError
 from studies.folder import StudyFolder
-from studies.spec import StudySpec
+from studies.pool import slot_sizes
+from studies.spec import StudySpec, spec_hash
 from studies.specfile import override, read_specs, spec_of, write_spec
 from studies.summary import summarize
 from studies.yaml_text import read_yaml, write_yaml
@@ -35,6 +36,37 @@ def written(directory: Path, *changes: str) -> list[Any]:
     path = directory / "matrix.yaml"
     path.write_text(write_yaml(BOTH))
     return read_specs(path, changes)
+
+
+def sized(**changes: Any) -> dict[str, Any]:
+    """The two cells, of which one is another model that takes two GPUs."""
+    large = {**CELLS["fast"], "model": "blip-tiny-nlvr2", "resources": {"gpus": 2}} | changes
+    return {**BOTH["matrix"], "cells": {"small": CELLS["slow"], "large": large}}
+
+
+def test_what_a_run_asks_for_follows_its_cell(tmp_path: Path, ray_cluster: str) -> None:
+    spec = spec_of({**BOTH, "matrix": sized(), "resources": {"gpus": 0.5}, "root": str(tmp_path)})
+    assert isinstance(spec, StudySpec)
+    gpus = {model: size.gpus for (model, _, _), size in slot_sizes(spec).items()}
+    assert gpus == {"blip-tiny-vqa": 0.5, "blip-tiny-nlvr2": 2}
+
+
+def test_cells_of_one_model_ask_for_the_most_of_them(tmp_path: Path, ray_cluster: str) -> None:
+    cells = sized(model="blip-tiny-vqa")
+    spec = spec_of({**BOTH, "matrix": cells, "resources": {"gpus": 0.5}, "root": str(tmp_path)})
+    assert isinstance(spec, StudySpec)
+    assert [size.gpus for size in slot_sizes(spec).values()] == [2]
+
+
+def test_a_study_of_a_cell_asks_for_what_the_cell_does(tmp_path: Path) -> None:
+    path = tmp_path / "matrix.yaml"
+    path.write_text(write_yaml({**BOTH, "matrix": {**sized(), "studies": "each"}}))
+    assert [spec.resources.gpus for spec in read_specs(path, ())] == ["auto", 2]
+
+
+def test_what_a_cell_asks_for_may_change_when_a_study_goes_on(tmp_path: Path) -> None:
+    specs = [spec_of({**BOTH, "matrix": cells}) for cells in (sized(), sized(resources=None))]
+    assert spec_hash(specs[0]) == spec_hash(specs[1])
 
 
 def test_a_study_for_every_cell_and_seed(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from orchestration.lock import LockHeld, hold_directory
 from orchestration.store import read_run
 from orchestration.tracking import UNSYNCED
 from studies.folder import StudyFolder
-from studies.session import conduct_run, conduct_study, gpu_share, sync_study
+from studies.pool import gpu_share
+from studies.session import conduct_run, conduct_study, sync_study
 from studies.spec import PruneSpec
 from studies.specfile import spec_of, tracking_uri
 from studies.summary import summarize
