@@ -1,10 +1,11 @@
 """Orchestration: what a trial costs beside its work, against Ray Tune, and how busy slots are.
 
-Three parts, each named on the command line or all in turn::
+Four parts, each named on the command line or all in turn::
 
     python benchmarks/measure_orchestration.py throughput   # 2,000 no-op trials, 32 actors
     python benchmarks/measure_orchestration.py tune         # 200 of them, beside Ray Tune
     python benchmarks/measure_orchestration.py utilisation  # a real study on two slots
+    python benchmarks/measure_orchestration.py warm         # 50 real trials in one actor
 
 No-op trials have five records, each durable on disk before it is handed on, and are proposed by
 Optuna's TPE over two parameters from a journal. Ray Tune gets the same trials: OptunaSearch with
@@ -39,7 +40,7 @@ from studies.specfile import override, spec_of
 
 NUM_ACTORS = 32
 CPUS = 0.05
-NUM_TRIALS, NUM_TUNE_TRIALS, RECORDS = 2000, 200, 5
+NUM_TRIALS, NUM_TUNE_TRIALS, NUM_WARM, RECORDS = 2000, 200, 50, 5
 # In memory where that is possible: a disk that is asked to sync twelve times a trial would be all
 # that is measured, and Ray Tune, which never asks, would be compared with it.
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves workers beside other work
@@ -257,6 +258,47 @@ def measure_utilisation() -> list[Row]:
     return [row("utilisation of a real study", share, "busy / slot time", how, 0.95)]
 
 
+def measure_warm() -> list[Row]:
+    sent: dict[str, float] = {}
+
+    def note(event: Event) -> None:
+        assert not isinstance(event.body, Failure), event.body
+        if isinstance(event.body, Notice):
+            sent[event.handle.job.run_id] = time.time()
+
+    overrides = ("name=warm", f"n_trials={NUM_WARM}", "parallel=1", "fine_tune=inline")
+    with scratch() as root, connect():
+        spec = make_spec(REAL_STUDY, root, *overrides)
+        pool = RayExecutor(1, max_growth_mib=None)
+        run_study(spec, lambda: pool, [note], runner="orchestration_trials:warm_prune")
+        found = {
+            path.stem.removeprefix("warm-"): json.loads(path.read_text())
+            for path in sorted((root / "runs").glob("warm-warm-0*.json"))
+        }
+    assert len(found) == NUM_WARM
+    assert len({one["pid"] for one in found.values()}) == 1
+    starts = [one["ready"] - sent[run] for run, one in found.items()][1:]
+    kept = [one["memory"] for one in found.values()]
+    middle, high = statistics.median(starts), statistics.quantiles(starts, n=20)[-1]
+    how = (
+        f"{NUM_WARM} prunings of blip-tiny-vqa one after the other in one actor, load average "
+        f"{os.getloadavg()[0]:.1f}, {MACHINE}"
+    )
+    steps = ", ".join(f"{kept[i - 1]:.0f}" for i in (1, 10, 20, 30, 40, NUM_WARM))
+    begin = "from sent to ready to train, after the first"
+    return [
+        row("start-up of a trial, median", middle, "s", f"{begin}; {how}", 1.0, at_least=False),
+        row("start-up of a trial, 95th percentile", high, "s", f"{begin}; {how}"),
+        row(
+            "memory kept by an actor, growth",
+            kept[-1] - kept[0],
+            "MiB",
+            f"from after the first trial to after the last; after trials 1, 10, ..., {NUM_WARM}: "
+            f"{steps} MiB of its own; {how}",
+        ),
+    ]
+
+
 def row(
     figure: str,
     value: float,
@@ -280,6 +322,7 @@ PARTS = {
     "throughput": measure_throughput,
     "tune": measure_against_tune,
     "utilisation": measure_utilisation,
+    "warm": measure_warm,
 }
 
 

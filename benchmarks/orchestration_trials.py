@@ -1,6 +1,8 @@
 """What the workers of measure_orchestration.py run; importable there, so in a file of its own."""
 
+import gc
 import json
+import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from comp.results import CurvePoint, StageRecord
 from orchestration import worker
 from orchestration.forks import trajectory_of
 from orchestration.job import Fork, Job, Record, Suspended
+from orchestration.ray_actor import own_memory_mib
 from orchestration.store import RunDirectory
 
 RECORDS = 5
@@ -71,7 +74,20 @@ def _stage(index: int) -> StageRecord:
 def timed_prune(job: Job, directory: RunDirectory) -> Iterator[Record | Fork | Suspended]:
     """A real pruning, or a fork of one, that notes from when to when it was at work."""
     begin = time.time()
-    yield from worker.prune(job, directory)
     run_dir = trajectory_of(job) if job.kind == "fine_tune" else job.run_dir
     note = Path(run_dir).parent / f"busy-{job.run_id}-{uuid.uuid4().hex}.json"
-    note.write_text(json.dumps([begin, time.time()]))
+    try:
+        yield from worker.prune(job, directory)
+    finally:  # nobody takes more of one that waits for its forks
+        note.write_text(json.dumps([begin, time.time()]))
+
+
+def warm_prune(job: Job, directory: RunDirectory) -> Iterator[Record | Fork | Suspended]:
+    """A real pruning that notes when it is ready to train, and what its process keeps after it."""
+    loaded, task = worker.load(job.model, job.task, job.data)
+    worker.new_pruner(job, loaded, task)
+    ready = time.time()
+    gc.collect()
+    yield from worker.prune(job, directory)
+    note = {"ready": ready, "memory": own_memory_mib(), "pid": os.getpid()}
+    Path(job.run_dir).with_name(f"warm-{job.run_id}.json").write_text(json.dumps(note))

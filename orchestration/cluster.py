@@ -273,14 +273,18 @@ class HeadWatch:
     exits without a word to anybody's handlers.
     """
 
-    def __init__(self, *, patience: float = 5.0, interval: float = 0.5) -> None:
-        """Watches the head of the cluster that this process is connected to.
+    def __init__(
+        self, address: str | None = None, *, patience: float = 5.0, interval: float = 0.5
+    ) -> None:
+        """Watches a head.
 
         Args:
+            address: ``HOST:PORT`` of it; by default that of the cluster that this process is
+                connected to.
             patience: Seconds without an answer after which it counts as gone.
             interval: Seconds between two looks.
         """
-        self.address = str(ray.get_runtime_context().gcs_address)
+        self.address = address or str(ray.get_runtime_context().gcs_address)
         self._patience, self._interval = patience, interval
         self._place = _host_and_port(self.address)
         self._silent_since: float | None = None

@@ -40,7 +40,7 @@ class PrunerActor:
     """One slot of the pool: a process that keeps its models loaded between jobs."""
 
     def __init__(self, max_growth_mib: int | None = None) -> None:
-        self._preempted = False
+        self._preempted = self._is_busy = False
         self._max_growth_mib = max_growth_mib
         self._first: dict[tuple[str, str, str | None], float] = {}  # MiB after the first such job
         signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -48,6 +48,10 @@ class PrunerActor:
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
         """Lets the current stage become durable; there usually are 30 seconds left."""
         self._preempted = True
+        if not self._is_busy:
+            raise SystemExit(
+                0
+            )  # Ray looks for signals every few milliseconds, and takes this well
 
     def where(self) -> Place:
         """Returns where this actor lives, once it has nothing else to do."""
@@ -55,10 +59,14 @@ class PrunerActor:
 
     def run(self, job: Job) -> Iterator[worker.Item | Retire]:
         """Yields the job's stream; see ``worker.run``."""
-        for item in worker.run(job, stop=self._stop):
-            if isinstance(item, JobEnd) and self._has_grown(job):
-                yield Retire()
-            yield item
+        self._is_busy = True
+        try:
+            for item in worker.run(job, stop=self._stop):
+                if isinstance(item, JobEnd) and self._has_grown(job):
+                    yield Retire()
+                yield item
+        finally:
+            self._is_busy = False
 
     def _has_grown(self, job: Job) -> bool:
         """Tells whether the process keeps more memory than after its first job of this model."""

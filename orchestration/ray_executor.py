@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError, RayTaskError
 
 from orchestration import worker
 from orchestration.cluster import (
@@ -63,6 +63,7 @@ class _Slot:
         handle: The job it runs.
         warm_for: Model, task and data of its last job.
         num_jobs: Jobs it has taken.
+        num_items: Items of its present job's stream that have come.
         retires: Whether it has grown too large to take another.
     """
 
@@ -73,6 +74,7 @@ class _Slot:
     handle: Handle | None = None
     warm_for: tuple[str, str, str | None] | None = None
     num_jobs: int = 0
+    num_items: int = 0
     retires: bool = False
 
 
@@ -336,7 +338,7 @@ class RayExecutor:
         while self._idle and (handle := self._next_pending()) is not None:
             slot = self._take_idle(handle.job)
             slot.handle, slot.since = handle, time.monotonic()
-            slot.num_jobs += 1
+            slot.num_jobs, slot.num_items = slot.num_jobs + 1, 0
             stream = slot.actor.run.options(num_returns="streaming").remote(handle.job)
             self._busy[stream] = slot
             self._outbox.append(self._started(handle, slot))
@@ -375,6 +377,7 @@ class RayExecutor:
         slot.since = self._last_progress = time.monotonic()
         try:
             item: worker.Item | Retire = ray.get(next(stream))
+            slot.num_items += 1
             if isinstance(item, Failure) and item.kind == "preempted":
                 self._lose(stream, "its machine is being taken away", "preempted")
                 return
@@ -397,7 +400,11 @@ class RayExecutor:
         except OutOfMemoryError as error:  # Ray ends a process before its machine is full
             self._lose(stream, describe_kill(str(error)), "memory")
         except RayError as error:
-            self._lose(stream, _last_line(error))
+            # A worker that has done jobs and dies before it begins another was idle when it went:
+            # no fault of the job. New workers have done none, so this cannot go on for ever.
+            was_idle = isinstance(error, ActorDiedError) and slot.num_jobs > 1 > slot.num_items
+            kind: FailureKind = "preempted" if was_idle else "infrastructure"
+            self._lose(stream, _last_line(error), kind)
         else:
             if event and slot.handle.done:
                 handle = slot.handle

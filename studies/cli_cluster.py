@@ -235,6 +235,8 @@ def slurm(spec: Path, overrides: tuple[str, ...], study: str | None, as_json: bo
             raise ValueError("--study must name the study that the job runs, but got none")
         path = _study_file(study)
         text = render(shape, ["comp", "study", "run", str(path)])
+    if shape.auth == "disabled":
+        say(exposed("a host of the job", 8265, "disabled"))
     answer(as_json, {"script": text}, text.rstrip("\n"))
 
 
@@ -280,8 +282,11 @@ def vm(spec: Path, overrides: tuple[str, ...], provider: Any, as_json: bool) -> 
     from studies.yaml_text import write_yaml
 
     with mistakes():
-        values = render(_load(spec, overrides).to_shape(), provider)
+        shape = _load(spec, overrides).to_shape()
+        values = render(shape, provider)
         check_ray_up(values)
+    if shape.auth == "disabled":
+        say(exposed("the head", 6379, "disabled"))
     answer(as_json, {"cluster": values}, write_yaml(values).rstrip("\n"))
 
 

@@ -179,7 +179,8 @@ def sync(name: str, everything: bool, root: str | None, as_json: bool) -> None:
         is_tracked = folder.read_spec().tracking.enabled
         if not is_tracked:
             raise ValueError(f"study {name!r} has tracking.enabled: false, so nothing is sent")
-    sent, total = sync_study(folder, everything=everything)
+    with watchable(folder.read_spec()):
+        sent, total = sync_study(folder, everything=everything)
     text = f"sent {len(sent)} of {total} runs" if sent else f"none of {total} runs is unsent"
     answer(as_json, {"study": name, "sent": sent, "runs": total}, text)
 

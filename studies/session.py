@@ -262,17 +262,19 @@ def sync_study(folder: StudyFolder, *, everything: bool = False) -> tuple[list[s
         The run ids that were sent, and the number of runs that the study has.
 
     Raises:
+        LockHeld: If a driver has the study, which sends by itself.
         TrackingError: If MLflow does not take it.
         ValueError: If its address is wrong.
     """
     spec = folder.read_spec()
     tracker = MlflowTracker(tracking_uri(spec), spec.name)
-    mine = runs_of(folder)
     sent = []
-    for location in mine:
-        if everything or Storage(location).exists(UNSYNCED):
-            tracker.sync(location)
-            sent.append(last_name(location))
+    with folder.hold():  # MLflow has one writer a study
+        mine = runs_of(folder)
+        for location in mine:
+            if everything or Storage(location).exists(UNSYNCED):
+                tracker.sync(location)
+                sent.append(last_name(location))
     return sent, len(mine)
 
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import re
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -13,6 +15,7 @@ from ray._private.utils import check_version_info
 
 from orchestration.cluster import (
     ClusterError,
+    HeadWatch,
     _explain,
     _join,
     check_fits,
@@ -83,6 +86,24 @@ def test_a_cluster_that_is_connected_is_used_and_not_ended(ray_cluster: str) -> 
     with connect() as cluster:
         assert cluster.address == ray_cluster
         assert not cluster.owned
+
+
+@pytest.mark.chaos
+def test_a_head_that_is_back_within_the_patience_was_only_waited_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        port = head.getsockname()[1]
+        watch = HeadWatch(f"127.0.0.1:{port}", patience=60.0, interval=0.01)
+    while watch._silent_since is None:
+        time.sleep(0.01)
+    again = threading.Timer(0.5, lambda: heads.append(socket.create_server(("127.0.0.1", port))))
+    heads: list[socket.socket] = []
+    began = time.monotonic()
+    again.start()
+    watch.check()
+    assert time.monotonic() - began >= 0.5
+    assert not watch.is_lost
+    watch.stop()
+    heads[0].close()
 
 
 def test_room_is_told_for_what_is_asked_for(ray_cluster: str) -> None:

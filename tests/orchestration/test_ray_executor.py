@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from orchestration import worker
@@ -210,6 +211,21 @@ def test_a_worker_told_to_go_finishes_its_stage_and_the_job_moves_for_free(
     assert kinds_of(events)[:2] == ["Record", "retrying"]
     assert isinstance(events[-1].body, JobEnd)
     assert [r.attempt for r in read_run(tmp_path / "s-0000").records] == [0, 0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.chaos
+def test_an_idle_worker_told_to_go_leaves_at_once_and_costs_no_job_a_retry(
+    tmp_path: Path, pool: Pool
+) -> None:
+    executor = pool(1, rules=losing(0))
+    executor.submit(make_job(tmp_path))
+    run_all(executor)
+    ((place, _),) = executor.places
+    os.kill(place.pid, signal.SIGTERM)
+    psutil.wait_procs([psutil.Process(place.pid)], timeout=5)
+    assert not psutil.pid_exists(place.pid)
+    executor.submit(make_job(tmp_path, run="s-0001"))
+    assert isinstance(run_all(executor)["s-0001"][-1].body, JobEnd)
 
 
 def test_a_cancelled_job_frees_its_slot_and_keeps_its_worker(tmp_path: Path, pool: Pool) -> None:

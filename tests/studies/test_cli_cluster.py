@@ -201,10 +201,15 @@ def test_the_commands_print_what_they_render(
     assert capsys.readouterr().out.startswith("#!/usr/bin/env bash\n#SBATCH --job-name=comp\n")
 
 
+@pytest.mark.parametrize(
+    "words", [("kuberay",), ("slurm", "--study", "smoke"), ("vm", "--provider", "aws")]
+)
 def test_a_cluster_without_a_token_is_warned_of(
-    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run("kuberay", str(EXAMPLE), "--set", "auth=disabled")
+    assert run(words[0], str(EXAMPLE), *words[1:]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert run(words[0], str(EXAMPLE), *words[1:], "--set", "auth=disabled") == 0
     assert "can run any program" in capsys.readouterr().err
 
 

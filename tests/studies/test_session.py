@@ -15,6 +15,7 @@ from orchestration.job import Failure, JobEnd
 from orchestration.lock import LockHeld, hold_directory
 from orchestration.store import read_run
 from orchestration.tracking import UNSYNCED
+from studies.cli import cli
 from studies.folder import StudyFolder
 from studies.pool import gpu_share
 from studies.session import conduct_run, conduct_study, sync_study
@@ -99,8 +100,8 @@ def test_gpus_are_shared_so_that_all_runs_fit(gpus: float, parallel: int, share:
 
 
 @pytest.mark.slow
-def test_what_a_dead_server_missed_is_sent_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_a_dead_server_missed_is_sent_later_unless_a_driver_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("studies.session.CLOSE_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -110,6 +111,10 @@ def test_what_a_dead_server_missed_is_sent_later(
     folder = StudyFolder.of(make_spec(tmp_path))
     assert (tmp_path / "runs" / "s-0000" / UNSYNCED).exists()
     folder.freeze(make_spec(tmp_path, "n_trials=1"))
+    with folder.hold():
+        command = ["study", "sync", "s", "--root", str(tmp_path)]
+        assert cli.main(command, standalone_mode=False) == 3
+    assert f"is being run by process {os.getpid()} on" in capsys.readouterr().err
     assert sync_study(folder) == (["s-0000", "s-dense"], 2)
     assert sync_study(folder) == ([], 2)
 
