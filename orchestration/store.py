@@ -321,7 +321,7 @@ def _check_owner(job: Job, header: Mapping[str, Any], location: str) -> None:
         return
     pairs = [(name, getattr(theirs, name), getattr(job, name)) for name in _DECISIVE]
     pairs += [
-        (f"config.{name}", theirs.config.get(name), job.config.get(name))
+        (f"config.{name}", theirs.config.get(name, _UNKNOWN), job.config.get(name, _UNKNOWN))
         for name in sorted(theirs.config.keys() | job.config.keys())
     ]
     what, old, new = next(pair for pair in pairs if pair[1] != pair[2])
@@ -331,6 +331,7 @@ def _check_owner(job: Job, header: Mapping[str, Any], location: str) -> None:
     )
 
 
+_UNKNOWN = "unknown"  # a key of a later version, which no value equals
 _DECISIVE = ("study", "model", "task", "data", "kind", "ratio", "runner")
 
 

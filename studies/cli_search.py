@@ -2,7 +2,16 @@
 
 import click
 
-from studies.cli_base import answer, common, example, find_folder, mistakes, root_option, say
+from studies.cli_base import (
+    Interrupted,
+    answer,
+    common,
+    example,
+    find_folder,
+    mistakes,
+    root_option,
+    say,
+)
 
 
 @click.command(epilog=example("comp study enqueue demo-vqa num_stages=12 exploration=0.1"))
@@ -23,6 +32,11 @@ def enqueue(name: str, settings: tuple[str, ...], root: str | None, as_json: boo
     with mistakes():
         folder = find_folder(name, root)
         spec = folder.read_spec()
+        wrong = next((setting for setting in settings if "=" not in setting), None)
+        if wrong is not None:
+            raise ValueError(
+                f"a setting must be KEY=VALUE, for example num_stages=12, but got {wrong!r}"
+            )
         labels = check_labels(spec.space, override({}, settings))
         if spec.sampler.kind == "grid":
             raise ValueError(f"study {name!r} walks a grid, which takes no other settings")
@@ -55,7 +69,10 @@ def proxy(database: str, host: str, port: int, as_json: bool) -> None:
             )
         refuse_password("database", database, "PGPASSWORD")
     say(f"serving at grpc://{host}:{port}; Ctrl-C ends it")
-    serve_proxy(database, host, port)
+    try:
+        serve_proxy(database, host, port)
+    except KeyboardInterrupt:
+        raise Interrupted("the proxy has ended") from None
 
 
 @click.command(epilog=example("comp study watch demo-vqa"))

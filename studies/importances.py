@@ -1,5 +1,7 @@
 """Which settings mattered in a study: Optuna's importances of its parameters."""
 
+import warnings
+
 import optuna
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
@@ -37,6 +39,8 @@ def parameter_importances(folder: StudyFolder) -> dict[str, float]:
         return {}
     if len(study.directions) == 1:
         return optuna.importance.get_param_importances(study)
-    # Told a target, PED-ANOVA asks what makes it low, whatever the study's direction.
+    # Told a target, PED-ANOVA asks what makes it low, whatever the study's direction, and warns.
     sign = -1.0 if study.directions[0] == StudyDirection.MAXIMIZE else 1.0
-    return optuna.importance.get_param_importances(study, target=lambda t: sign * t.values[0])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "PedAnova.*low `target` values")
+        return optuna.importance.get_param_importances(study, target=lambda t: sign * t.values[0])

@@ -272,7 +272,12 @@ def value_text(trial: TrialSummary, index: int) -> str:
     if not trial.values:
         return ""
     half = trial.spreads[index].half_interval
-    return f"{trial.values[index]:.2f}" + ("" if half is None else f" ± {half:.2f}")
+    return _number(trial.values[index]) + ("" if half is None else f" ± {_number(half)}")
+
+
+def _number(value: float) -> str:
+    """Returns two decimals, or three digits of what is less than one: GFLOPs of a small model."""
+    return f"{value:.2f}" if abs(value) >= 1 or value == 0 else f"{value:.3g}"
 
 
 def trial_cells(trials: Sequence[TrialSummary], objective: Sequence[Measure]) -> list[list[str]]:

@@ -162,6 +162,16 @@ def test_a_directory_of_another_spec_is_refused_and_left_alone(
     assert files_of(tmp_path) == before
 
 
+def test_a_directory_of_a_version_that_knew_fewer_keys_is_refused_by_the_key(
+    tmp_path: Path,
+) -> None:
+    config = make_job(tmp_path).config
+    older = {name: value for name, value in config.items() if name != "cip"}
+    fill(RunDirectory.open(make_job(tmp_path, config=older)))
+    with pytest.raises(RunMismatch, match=r"config\.cip is 'unknown' there and None here"):
+        RunDirectory.open(make_job(tmp_path, config=config))
+
+
 def test_a_failure_is_noted_and_forgotten_when_the_run_goes_on(tmp_path: Path) -> None:
     run = RunDirectory.open(make_job(tmp_path))
     failure = Failure("algorithm", "loss is nan", "NanLoss", "Traceback ...")

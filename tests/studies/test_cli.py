@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -171,6 +172,61 @@ def test_status_shows_every_trial_and_why_one_failed(root: Path) -> None:
     result = invoke("study", "status", "s", "--root", str(root))
     assert result.stdout.splitlines()[0] == "s: 3 complete, 1 fail of 4 trials"
     assert "run s-0002: loss is nan in stage 2" in result.stdout
+
+
+def test_status_is_a_table_that_ends_with_the_best_trial(root: Path) -> None:
+    head, *rows, last = invoke("study", "status", "s", "--root", str(root)).stdout.splitlines()[1:]
+    assert head.split() == ["trial", "state", "value", "minutes", "chosen"]
+    states = ["complete", "complete", "fail", "complete"]
+    assert [row.split()[:2] for row in rows] == [[str(n), s] for n, s in enumerate(states)]
+    assert re.search(
+        r"1  complete  \d\d\.\d\d      0\.\d  .*num_stages \d+, exploration 0", rows[1]
+    )
+    values = {n: float(rows[n].split()[2]) for n in (0, 1, 3)}
+    best = max(values, key=lambda number: values[number])
+    assert last == f"best: trial {best}, {values[best]:.2f}"
+
+
+def test_best_is_a_table_from_the_dense_model_on(root: Path) -> None:
+    lines = invoke("study", "best", "s", "--root", str(root)).stdout.splitlines()
+    number = json_of(invoke("study", "best", "s", "--root", str(root), "--json"))["number"]
+    assert lines[0].startswith(f"best of 3 trials: trial {number}, validation at ratio 0.8 ")
+    assert "(num_stages " in lines[0]
+    assert lines[2].split() == [
+        *("ratio", "GFLOPs", "parameters", "validation", "test", "latency", "ms", "speed-up"),
+    ]
+    assert [line.split()[0] for line in lines[3:6]] == ["dense", "0.500", "0.800"]
+    assert lines[3].endswith("20.0 -> 20.0     1.00x")
+    assert lines[-1] == str(root / "runs" / f"s-{number:04d}")
+
+
+def test_what_is_enqueued_is_the_next_trial(tmp_path: Path) -> None:
+    run(make_spec(tmp_path, "n_trials=1", "tracking.enabled=false"))
+    words = ("study", "enqueue", "s", "num_stages=33", "--root", str(tmp_path))
+    result = invoke(*words)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "next: num_stages 33\n"
+    more = "comp study resume s --set n_trials=2"
+    assert result.stderr == f"the study has its 1 trials; {more!r} runs this one\n"
+    run(make_spec(tmp_path, "n_trials=2", "tracking.enabled=false"))
+    trials = json_of(invoke("study", "status", "s", "--root", str(tmp_path), "--json"))["trials"]
+    assert isinstance(trials, list)
+    assert trials[1]["params"]["num_stages"] == 33
+    assert 0 <= trials[1]["params"]["exploration"] <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ("num_stage=3", "'num_stage' is not searched by this study; did you mean 'num_stages'"),
+        ("num_stages=99", "num_stages: 99 is not in the domain, whose nearest value is 40"),
+        ("num_stages", "must be KEY=VALUE, for example num_stages=12, but got 'num_stages'"),
+    ],
+)
+def test_what_cannot_be_tried_is_not_enqueued(root: Path, setting: str, complaint: str) -> None:
+    result = invoke("study", "enqueue", "s", setting, "--root", str(root))
+    assert (result.exit_code, complaint in result.stderr) == (2, True), result.stderr
+    assert not (root / "studies" / "s" / "enqueued").exists()
 
 
 def test_status_without_a_name_lists_the_studies(root: Path) -> None:

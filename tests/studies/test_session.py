@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from studies.spec import PruneSpec
 from studies.specfile import spec_of, tracking_uri
 from studies.summary import summarize
 from tests.studies.synthetic import RUNNER, make_spec
+from tests.studies.test_driver import PRUNED
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,6 +131,24 @@ def test_what_a_dead_server_missed_is_sent_later_unless_a_driver_does(
     assert [metric.step for metric in history] == [0, 500, 800]
     artifacts = {item.path for item in client.list_artifacts(runs["s-0000"].info.run_id)}
     assert {"plots", "spec.yaml", "curve.parquet"} <= artifacts
+
+
+def test_mlflow_shows_a_trial_that_the_pruner_stopped_as_killed_and_why(
+    tmp_path: Path, mlflow_tables: Path
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    shutil.copy(mlflow_tables, tmp_path / "mlflow.db")
+    conduct_study(make_spec(tmp_path, *PRUNED), inline=True, runner=RUNNER)
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("s")
+    assert experiment is not None
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    status = {name: run.info.status for name, run in runs.items()}
+    ended = ("s-dense", "s-0000", "study s")
+    assert status == dict.fromkeys(ended, "FINISHED") | {"s-0001": "KILLED"}
+    reason = runs["s-0001"].data.tags["comp.failure"]
+    assert reason == "stopped by the median pruner at ratio 0.1"
 
 
 INTERRUPTED = """
