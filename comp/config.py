@@ -118,6 +118,8 @@ class PruningConfig:
         temperature: Temperature of the exploration softmax over idle time (tau, Eq. 9).
         history: Weight of the old cost one stage later (lambda_0, Eq. 10).
         horizon: Stages after which the old cost is forgotten (I_max, Eq. 10).
+        init: Where the modes' first costs come from: a ``"sweep"`` of one stage each, or a
+            ``"probe"`` before the first stage, which tries each mode on a copy without training.
         lookahead_steps: Training steps of every trial of the ``lookahead`` schedule, which is not
             the paper's: it tries all live modes from one snapshot and keeps the cheapest.
         stage_quantum: Share of the dense FLOPs that a stage removes; ``None`` means the largest
@@ -182,6 +184,7 @@ class PruningConfig:
     temperature: float = 5.0
     history: float = 0.4
     horizon: int = 5
+    init: Literal["sweep", "probe"] = "sweep"
     lookahead_steps: int = 10
     stage_quantum: float | None = None
     quantum_cap: float = 0.15
@@ -241,6 +244,11 @@ class PruningConfig:
                 raise ValueError(f"{name} must be in [{low}, {high}], but got {value}")
         check_site(self.switches.unit, self.mask_site)
         self._check_search()
+        if self.init == "probe" and self.switches.schedule not in ("mps", "cas", "cas_re"):
+            raise ValueError(
+                f"init 'probe' gives first costs to the schedules mps, cas and cas_re, but method "
+                f"{self.method!r} has {self.switches.schedule!r}; use 'sweep'"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate must divide batch_size ({self.batch_size}), but got {self.accumulate}"
@@ -355,6 +363,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "token_threshold": (None, "relative", "absolute"),
     "head_reduce": (None, "max", "mean"),
     "unit": (None, "head", "head_dim"),
+    "init": ("sweep", "probe"),
     "rank_norm": ("kind", "layer"),
     "mask_site": ("qkv", "context"),
     "merge": ("auto", "summary", "drop"),

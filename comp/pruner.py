@@ -34,7 +34,7 @@ from comp.raising import Raise, Raising
 from comp.results import CurvePoint, PruningResult, Snapshot, StageRecord
 from comp.schedules import make_strategy
 from comp.shrink import migrate_optimizer_, num_parameters, shrink_
-from comp.strategy import FixedStrategy, LookaheadStrategy
+from comp.strategy import FixedStrategy, LookaheadStrategy, MultiModeStrategy
 from comp.tasks.base import Evaluation, PreparingTask, Task
 from comp.upop_search import UpopSearch
 from comp.yardstick import Yardstick
@@ -275,6 +275,9 @@ class Pruner:
         gap = self._macs - self._target_macs(ratio)
         if isinstance(self.strategy, LookaheadStrategy):
             self.strategy.offer(trial_costs(self, gap, self.config.lookahead_steps))
+        probes = self.config.init == "probe" and not self.stages
+        if probes and isinstance(self.strategy, MultiModeStrategy):
+            self.strategy.begin_with(trial_costs(self, gap, 0))
         raising = self.raising()
         for coarse in (False, True):
             refused: set[str] = set()

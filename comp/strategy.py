@@ -158,6 +158,16 @@ class MultiModeStrategy:
         """The modes that are not exhausted."""
         return list(self._live)
 
+    def begin_with(self, costs: Mapping[str, float]) -> None:
+        """Takes first costs R that were measured otherwise; modes without one are swept.
+
+        Raises:
+            RuntimeError: If a stage has been opened already.
+        """
+        if self.stage:
+            raise RuntimeError(f"first costs come too late in stage {self.stage}")
+        self._costs = {mode: cost for mode, cost in costs.items() if mode in self._modes}
+
     def choose(self, exclude: Collection[str] = ()) -> str:
         """Opens the next stage and returns its mode.
 

@@ -139,3 +139,8 @@ def test_a_config_cannot_be_changed() -> None:
 
 def test_nothing_near_is_not_suggested() -> None:
     assert nearest("zebra", ["comp", "param"]) == ""
+
+
+def test_a_probe_is_refused_where_no_cost_is_asked_for() -> None:
+    with pytest.raises(ValueError, match=r"init 'probe' gives first costs.*use 'sweep'"):
+        PruningConfig(method="param", init="probe")

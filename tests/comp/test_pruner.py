@@ -472,6 +472,20 @@ def test_lookahead_takes_the_cheapest_trial() -> None:
     assert record.mode == min(costs, key=lambda mode: costs[mode] or 0.0)
 
 
+def test_a_probe_replaces_the_sweep_by_trials_without_training() -> None:
+    pruner = pruner_of(init="probe", exploration=0.0)
+    stages = pruner.run()
+    next(stages)
+    gap = pruner._macs - pruner._target_macs(0.12)
+    costs = {m.value: c for m in pruner.modes if (c := trial_cost(pruner, m, gap, 0)) is not None}
+    first = next(stages)
+    assert isinstance(first, StageRecord)
+    assert (first.choice, first.mode) == ("greedy", min(costs, key=costs.__getitem__))
+    assert len(costs) == len(pruner.modes)
+    others = {mode: cost for mode, cost in pruner.strategy.costs.items() if mode != first.mode}
+    assert others == {mode: costs[mode] for mode in others}
+
+
 @pytest.mark.parametrize("cost", ["params", "latency"])
 def test_costs_may_count_parameters_or_time(cost: Any) -> None:
     pruner = pruner_of(cost=cost)
