@@ -18,7 +18,7 @@ from comp.tasks.batching import (
     shuffled_batches,
 )
 from comp.tasks.statements import Statement
-from comp.tasks.text import TextTokenizer, encode, pad, pad_mask
+from comp.tasks.text import TextTokenizer, encode, pad, pad_mask, without_marks
 
 MAX_WORDS = 40
 """Words of a statement that are read (BLIP)."""
@@ -43,8 +43,9 @@ PairStatement = Statement | StoredStatement
 
 
 def stored_statement(row: Row) -> StoredStatement:
-    """Makes a statement of a row of kind ``statements``."""
-    return StoredStatement(tuple(row.images), row.texts[0], row.labels[0] == "true")
+    """Makes a statement of a row of kind ``statements``, without the marks BLIP never sees."""
+    text = without_marks(row.texts[0], between=" ")
+    return StoredStatement(tuple(row.images), text, row.labels[0] == "true")
 
 
 class NlvrTask:

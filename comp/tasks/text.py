@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]")
 _MARKS = r"[?,.:;!()/&']"
+_UNSEEN = r'[.!"()*#:;~]'
 
 
 class TextTokenizer(Protocol):
@@ -112,6 +113,20 @@ def build_tokenizer(*, drawings: "Sequence[Drawing] | None" = None, seed: int = 
         *(one.caption for one in drawings if one.split == "train"),
     ]
     return as_pretrained(tokenizer_from_texts(texts, whole=all_answers(drawings), max_words=700))
+
+
+def without_marks(text: str, *, between: str = "") -> str:
+    """Lowers a text and takes out the marks that BLIP never sees.
+
+    Args:
+        text: As people wrote it.
+        between: What stands in a mark's place; BLIP has nothing in questions and a space in
+            captions and statements, where it then joins spaces.
+
+    Source: ``pre_question`` and ``pre_caption`` of BLIP's released code.
+    """
+    bare = re.sub(_UNSEEN, between, text.lower())
+    return (re.sub(r"\s{2,}", " ", bare) if between else bare).strip()
 
 
 def encode(

@@ -19,7 +19,7 @@ from comp.tasks.batching import (
     shuffled_batches,
 )
 from comp.tasks.questions import Question
-from comp.tasks.text import TextTokenizer, encode, pad, pad_mask
+from comp.tasks.text import TextTokenizer, encode, pad, pad_mask, without_marks
 from comp.tasks.vqa_answers import answer_accuracy, normalize_answer
 
 _IGNORED = -100  # what the loss leaves out
@@ -50,10 +50,9 @@ AnyQuestion = Question | StoredQuestion
 
 
 def stored_question(row: Row) -> StoredQuestion:
-    """Makes a question of a row of kind ``questions``."""
-    return StoredQuestion(
-        row.id, row.images[0], row.texts[0], tuple(row.labels), tuple(row.counts)
-    )
+    """Makes a question of a row of kind ``questions``, without the marks BLIP never sees."""
+    text = without_marks(row.texts[0])
+    return StoredQuestion(row.id, row.images[0], text, tuple(row.labels), tuple(row.counts))
 
 
 class VqaTask:

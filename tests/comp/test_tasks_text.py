@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from comp.data.openmoji import OpenMoji
 from comp.tasks import build_tokenizer
 from comp.tasks.questions import all_answers
-from comp.tasks.text import encode, pad, pad_mask, tokenizer_from_texts
+from comp.tasks.text import encode, pad, pad_mask, tokenizer_from_texts, without_marks
 
 
 def test_vocabulary_is_small(tokenizer: Any) -> None:
@@ -65,3 +65,18 @@ def test_equal_texts_share_their_ids(tokenizer: Any) -> None:
 def test_padding_reaches_the_longest() -> None:
     assert pad([[5, 6], [7]], 0).tolist() == [[5, 6], [7, 0]]
     assert pad_mask([[5, 6], [7]]).tolist() == [[1, 1], [1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("text", "question", "statement"),
+    [
+        ('What is "it": a (red) #dog?', "what is it a red dog?", "what is it a red dog?"),
+        ("Mr.Smith's; no. 1", "mrsmith's no 1", "mr smith's no 1"),
+        ("  plain words, kept  ", "plain words, kept", "plain words, kept"),
+    ],
+)
+def test_marks_that_blip_never_sees_are_taken_out_as_its_code_does(
+    text: str, question: str, statement: str
+) -> None:
+    assert without_marks(text) == question
+    assert without_marks(text, between=" ") == statement
