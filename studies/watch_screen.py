@@ -57,11 +57,9 @@ def screen_of(view: View, console: Console) -> Group:
     """Returns what a terminal shows, no taller than it."""
     spec = view.spec
     title = Text(f"{spec.name}: {spec.model} on {spec.task}", style="bold", no_wrap=True)
-    bar = ProgressBar(
-        total=view.summary.n_trials,
-        completed=view.summary.num_ended,
-        width=min(60, console.width),
-    )
+    bar = Table.grid()  # which ends its line; a bar alone leaves the next text behind it
+    width, summary = min(60, console.width), view.summary
+    bar.add_row(ProgressBar(summary.n_trials, summary.num_ended, width=width))
     parts: list[RenderableType] = [title, Text(objective_name(spec.objective))]
     parts += [Text(headline(view)), bar, _line(driver_line(view)), Text("")]
     room = max(0, console.height - len(parts) - 6)
@@ -92,9 +90,8 @@ def _front(view: View, room: int, *, is_wide: bool) -> Table:
     rest = len(view.summary.front) - len(front)
     title = "Pareto front" + (f" (and {rest} more)" if rest else "")
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    table.add_column("trial", justify="right", no_wrap=True)
-    for measure in view.spec.objective:
-        table.add_column(measure.label, justify="right", no_wrap=True)
+    for label in ("trial", *(measure.label for measure in view.spec.objective)):
+        table.add_column(label, justify="right", no_wrap=True, min_width=len(label))
     if is_wide:
         table.add_column("chosen", no_wrap=True, overflow="ellipsis")
     for trial in front:

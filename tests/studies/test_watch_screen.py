@@ -94,6 +94,16 @@ def test_a_screen_shows_the_front_and_fits(tmp_path: Path, width: int) -> None:
     assert max(map(len, text.splitlines())) <= width
 
 
+def test_at_eighty_columns_every_part_has_its_own_line_and_no_head_is_cut(tmp_path: Path) -> None:
+    folder = stopped_after(tmp_path, 10**6, BOTH)
+    console = Console(width=80, height=24, force_terminal=True, record=True, file=StringIO())
+    console.print(screen_of(Watcher(folder).look(), console))
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    assert "━" * 60 in lines
+    assert "finished" in lines
+    assert any(line.startswith("trial  val_at 0.8  gflops_at 0.8  chosen") for line in lines)
+
+
 def test_elsewhere_than_on_a_terminal_there_are_plain_lines(tmp_path: Path) -> None:
     folder = stopped_after(tmp_path, 10**6)
     lines: list[str] = []
