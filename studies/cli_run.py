@@ -15,6 +15,7 @@ from studies.cli_base import (
     root_option,
     trust_option,
     with_spec,
+    without_collection,
 )
 from studies.cli_study import conduct, inline_option
 
@@ -138,6 +139,7 @@ def demo(
 )
 @root_option
 @common
+@without_collection()
 def compare(
     names: tuple[str, ...],
     ratios: tuple[float, ...],

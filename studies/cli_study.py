@@ -19,6 +19,7 @@ from studies.cli_base import (
     show_counts,
     trust_option,
     with_spec,
+    without_collection,
 )
 from studies.cli_jobs import JobEnded, address_option, attach, submit
 
@@ -110,6 +111,7 @@ def resume(
 @click.option("--all", "everything", is_flag=True, help="All trials, not the last ones.")
 @root_option
 @common
+@without_collection()
 def status(name: str | None, everything: bool, root: str | None, as_json: bool) -> None:
     """Show the trials of a study, or all studies."""
     from studies.folder import StudyFolder
@@ -150,6 +152,7 @@ def status(name: str | None, everything: bool, root: str | None, as_json: bool) 
 @click.argument("name")
 @root_option
 @common
+@without_collection()
 def best(name: str, root: str | None, as_json: bool) -> None:
     """Show the best trial: its settings, its curve and where its models are."""
     from studies.report import read_report, trial_dict

@@ -57,10 +57,10 @@ def paired_difference(differences: Sequence[float], *, seed: int = 0) -> Differe
     """
     if not differences:
         raise ValueError("a paired difference needs at least one pair, but got none")
+    if len(differences) == 1:
+        return Difference(float(differences[0]), None, None, 1)
     values = np.asarray(differences, dtype=np.float64)
     mean = float(values.mean())
-    if len(values) < 2:
-        return Difference(mean, None, None, 1)
     picks = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
     low, high = np.percentile(values[picks].mean(axis=1), _TAILS)
     return Difference(mean, float(low), float(high), len(values))

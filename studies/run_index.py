@@ -8,10 +8,9 @@ have none.
 
 import contextlib
 import dataclasses
-import gc
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from orchestration.executor import Event
@@ -25,8 +24,7 @@ INDEX = "runs.jsonl"
 
 def read_point_runs(folder: StudyFolder) -> list[Run]:
     """Returns the runs of a study by name, with their points and without their stages."""
-    with _no_collection():
-        return list(_read(folder)[0].values())
+    return list(_read(folder)[0].values())
 
 
 class IndexWriter:
@@ -83,18 +81,6 @@ def _read(folder: StudyFolder) -> tuple[dict[str, Run], bool]:
 def _with_points_alone(run: Run) -> Run:
     points = tuple(record for record in run.records if record.point is not None)
     return dataclasses.replace(run, records=points)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keeps Python from looking for garbage among objects that all stay: a fifth of the time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _names(folder: StudyFolder) -> Iterable[str]:

@@ -6,11 +6,13 @@ because such trials bias the sampler and their work is on disk.
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from comp.config import PruningConfig
@@ -144,6 +146,9 @@ class Study:
         """Writes what a new study begins with; a driver that died amid it left a part."""
         if IDENTITY not in self._study.user_attrs:
             self._study.set_user_attr(IDENTITY, identity(self.spec))
+            with warnings.catch_warnings():  # they name the axes of the Optuna dashboard
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                self._study.set_metric_names([goal.name for goal in self.spec.objective])
         number = len(self._study.get_trials(deepcopy=False))
         start = starting_point(self.spec.pruning, self.spec.space)
         first = [(start, "defaults"), *((labels, "spec") for labels in self.spec.enqueue)]

@@ -35,6 +35,11 @@ def test_asking_ends_with_the_asked_number_of_trials(tmp_path: Path) -> None:
     ]
 
 
+def test_dashboards_name_the_objectives(tmp_path: Path) -> None:
+    study = open_study(tmp_path, "objective=[{val_at: 0.8}, {gflops_at: 0.8}]")
+    assert study._study.metric_names == ["validation at ratio 0.8", "GFLOPs at ratio 0.8"]
+
+
 def test_opening_twice_does_not_enqueue_twice(tmp_path: Path) -> None:
     open_study(tmp_path)
     assert open_study(tmp_path).counts() == {"waiting": 1}
