@@ -7,6 +7,7 @@ caches too large. Rows go to benchmarks/results/growth-<machine>.parquet and .md
 """
 
 import argparse
+import gc
 import math
 import statistics
 from collections.abc import Callable
@@ -110,6 +111,8 @@ def main() -> None:
     table = Table("growth", ("part", "size"), ("part", "size", "ms", "exponent"))
     rows = []
     for part, (build, sizes, goal) in PARTS.items():
+        gc.collect()
+        gc.freeze()  # or passes over all that torch imported fall on one of the sizes by chance
         with torch.no_grad():
             times = interleaved({str(size): build(size) for size in sizes}, rounds)
         medians = [statistics.median(times[str(size)]) for size in sizes]

@@ -7,7 +7,7 @@ over all layers of the mode before the two are ranked together (UPop's unified r
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from comp.importance import ActivationStatistics
 from comp.sites import UnitGroup, UnitKind
 
 
-@dataclass(frozen=True)
-class RankedUnit:
+class RankedUnit(NamedTuple):
     """One unit in a ranking.
 
     Attributes:
@@ -120,26 +119,36 @@ def rank_scores(
 
     Source: UPop (arXiv 2301.13741), the unified ranking.
     """
-    ranked: list[RankedUnit] = []
+    parts: list[tuple[str, Tensor, Tensor]] = []  # group, its alive units, their standard scores
     for kind in get_args(UnitKind):
-        names: list[tuple[str, int]] = []
-        values: list[Tensor] = []
-        for group in groups:
-            if group.kind != kind or group.name not in scores:
-                continue
-            alive = torch.arange(group.num_units)
-            if group.name in masks:
-                alive = masks[group.name].cpu().nonzero().flatten()
-            own = scores[group.name].cpu()[alive]
-            size = own.abs().mean()
-            values.append(own / size if by_layer and bool(size > 0) else own)
-            names += [(group.name, int(unit)) for unit in alive]
-        if names:
-            for (name, unit), score in zip(
-                names, standardise(torch.cat(values)).tolist(), strict=True
-            ):
-                ranked.append(RankedUnit(name, unit, score))
-    return sorted(ranked, key=lambda entry: (entry.score, entry.group, entry.unit))
+        rivals = [group for group in groups if group.kind == kind and group.name in scores]
+        if rivals:
+            units = [_alive_units(group, masks) for group in rivals]
+            own = [
+                _own_scores(scores[group.name].cpu()[alive], by_layer=by_layer)
+                for group, alive in zip(rivals, units, strict=True)
+            ]
+            standard = standardise(torch.cat(own)).split([len(alive) for alive in units])
+            parts += zip([group.name for group in rivals], units, standard, strict=True)
+    if not parts:
+        return []
+    parts.sort(key=lambda part: part[0])  # of equal scores the first group's first unit leads
+    names = [name for name, alive, _ in parts for _ in range(len(alive))]
+    values = torch.cat([part[2] for part in parts])
+    order = values.argsort(stable=True)
+    places, found = order.tolist(), torch.cat([part[1] for part in parts])[order].tolist()
+    return list(map(RankedUnit, map(names.__getitem__, places), found, values[order].tolist()))
+
+
+def _alive_units(group: UnitGroup, masks: Mapping[str, Tensor]) -> Tensor:
+    if group.name in masks:
+        return masks[group.name].cpu().nonzero().flatten()
+    return torch.arange(group.num_units)
+
+
+def _own_scores(scores: Tensor, *, by_layer: bool) -> Tensor:
+    size = scores.abs().mean()
+    return scores / size if by_layer and bool(size > 0) else scores
 
 
 def choose_units(
@@ -168,8 +177,8 @@ def choose_units(
     """
     left = dict(alive)
     floor = floors(min_heads, min_channels)
-    channels = [unit_macs.get(e.group, 0.0) for e in ranking if groups[e.group].kind == "channel"]
-    slack = max(channels, default=0.0)
+    channels = [name for name in {e.group for e in ranking} if groups[name].kind == "channel"]
+    slack = max((unit_macs.get(name, 0.0) for name in channels), default=0.0)
     chosen: dict[str, list[int]] = {}
     first: RankedUnit | None = None
     total, threshold = 0.0, -math.inf

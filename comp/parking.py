@@ -2,13 +2,12 @@
 
 While a copy of the trajectory is fine-tuned, the trajectory's own weights and moments do nothing;
 the dense model only has its latency taken; the best weights so far are only gone back to. Tensors
-of the CPU wait in a temporary file without a name, which ends with the process however that ends,
-and come back as private pages of it, read when they are touched and copied when they are written.
-Tensors of an accelerator wait in host memory.
+of the CPU wait in a temporary file without a name, which ends with the process however that ends.
+They are read back into ordinary memory and not mapped: what was freed for them stays with the
+process, so that mapped pages would come on top. Tensors of an accelerator wait in host memory.
 """
 
 import copy
-import mmap
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,8 +15,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-
-_ALIGNMENT = 64  # what torch gives its own memory; some kernels round otherwise elsewhere
 
 
 class Parked:
@@ -49,37 +46,34 @@ class Parked:
             return tensor.cpu()
         if not tensor.numel() or not tensor.is_contiguous():
             return tensor.clone()
-        self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
         offset = self._file.tell()
         self._file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return offset, tensor.shape, tensor.dtype
 
-    def read(self) -> list[Tensor]:
-        """Returns the tensors on the CPU; who writes to those of the file changes no others."""
-        pages = None
-        found = []
+    def read(self) -> Iterator[Tensor]:
+        """Yields the tensors on the CPU, those of the file in memory of their own."""
         for held in self._held:
             if isinstance(held, Tensor):
-                found.append(held)
+                yield held
                 continue
-            pages = pages or mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
             offset, shape, dtype = held
-            flat = torch.frombuffer(pages, dtype=dtype, count=shape.numel(), offset=offset)
-            found.append(flat.view(shape))
-        return found
+            tensor = torch.empty(shape, dtype=dtype)
+            self._file.seek(offset)
+            self._file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            yield tensor
 
 
 @contextmanager
 def parked(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Lets tensors wait inside; nothing but ``.data`` of each is exchanged."""
-    devices = [tensor.device for tensor in tensors]
-    for tensor, waiting in zip(tensors, Parked(tensors).read(), strict=True):
-        tensor.data = waiting
+    """Lets tensors wait inside, where they have their shapes but no values."""
+    waiting, devices = Parked(tensors), [tensor.device for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.new_zeros(()).expand(tensor.shape)
     try:
         yield
     finally:
-        for tensor, device in zip(tensors, devices, strict=True):
-            tensor.data = tensor.data.to(device)
+        for tensor, device, values in zip(tensors, devices, waiting.read(), strict=True):
+            tensor.data = values.to(device)
 
 
 class ParkedModel:
@@ -104,7 +98,7 @@ def _tensors_of(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def _copy_with(model: nn.Module, others: list[Tensor]) -> nn.Module:
+def _copy_with(model: nn.Module, others: Iterable[Tensor]) -> nn.Module:
     """Copies a model with other tensors in the place of its own; ties stay ties."""
     pairs = zip(_tensors_of(model), others, strict=True)
     return copy.deepcopy(model, {id(own): _alike(own, other) for own, other in pairs})

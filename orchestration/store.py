@@ -338,6 +338,8 @@ _DECISIVE = ("study", "model", "task", "data", "kind", "ratio", "runner")
 def _report(job: Job, records: Sequence[Record]) -> dict[str, Any]:
     stages = [record.body for record in records if isinstance(record.body, StageRecord)]
     modes = [stage.mode for stage in stages]
+    training = sum(stage.train_seconds for stage in stages)
+    evaluation = sum(stage.eval_seconds for stage in stages)
     return {
         "version": FORMAT_VERSION,
         "run_id": job.run_id,
@@ -351,8 +353,9 @@ def _report(job: Job, records: Sequence[Record]) -> dict[str, Any]:
         "content_id": job.content_id,
         "num_stages": len(stages),
         "stage_seconds": sum(stage.seconds for stage in stages),
-        "train_seconds": sum(stage.train_seconds for stage in stages),
-        "eval_seconds": sum(stage.eval_seconds for stage in stages),
+        "train_seconds": training,
+        "eval_seconds": evaluation,
+        "eval_over_train": evaluation / training if training else None,
         "attempts": 1 + max((record.attempt for record in records), default=0),
         "parts": job.parts,
         "stages_by_mode": {mode: modes.count(mode) for mode in sorted(set(modes))},

@@ -322,6 +322,21 @@ def test_a_link_that_leads_out_of_the_root_is_refused(tmp_path: Path) -> None:
         import_data("llava", sources, tmp_path / "out")
 
 
+def test_files_too_small_to_leave_a_training_split_are_refused(tmp_path: Path) -> None:
+    sources = llava(tmp_path / "in")
+    edit(sources[0], lambda content: content.__delitem__(slice(2, None)))
+    with pytest.raises(ValueError, match=r"split train would be empty: .* about 2 images"):
+        import_data("llava", sources, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_too_long_for_any_file_is_a_missing_image(tmp_path: Path) -> None:
+    sources = llava(tmp_path / "in")
+    edit(sources[0], lambda content: content[1].update(image="x" * 400))
+    report = import_data("llava", sources, tmp_path / "out", on_bad="skip")
+    assert [(one.where, one.id) for one in report.skipped] == [("llava.json, row 2", "row-1")]
+
+
 def test_answers_to_other_questions_are_refused(tmp_path: Path) -> None:
     sources = vqav2(tmp_path / "in")
     annotations = next(path for path in sources if path.name == "val2014_annotations.json")
@@ -344,6 +359,11 @@ def test_questions_without_their_answers_are_refused(tmp_path: Path) -> None:
         ("nlvr2", "", "holds no rows"),
         ("karpathy", "[]", "field 'images' is missing among list"),
         ("karpathy", '{"images": []}', "holds no rows"),
+        (
+            "karpathy",
+            '{"images": [{"split": "val", "filename": "a.jpg", "filepath": 7}]}',
+            "row 1: field 'filepath' must be text, but got 7",
+        ),
         ("vqav2", '{"data_subtype": "x"}', "'data_subtype' must be one of .* 'x'"),
         ("vqav2", '{"data_subtype": "train2014", "questions": 3}', "'questions' must be a list"),
         ("llava", "{}", "must hold a list of conversations, but is dict"),

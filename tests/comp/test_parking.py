@@ -30,25 +30,22 @@ def same(a: Tensor, b: Tensor) -> bool:
 def test_a_tensor_comes_back_as_it_was(tensor: Tensor) -> None:
     before = tensor.clone(memory_format=torch.preserve_format)
     waiting = Parked([torch.zeros(1), tensor])
-    assert same(waiting.read()[1], before)
+    assert same(list(waiting.read())[1], before)
 
 
 def test_who_writes_to_what_came_back_changes_no_other_reading() -> None:
     waiting = Parked([torch.ones(4)])
-    waiting.read()[0].zero_()
-    assert waiting.read()[0].tolist() == [1, 1, 1, 1]
-
-
-def test_what_waits_lies_as_torch_aligns_its_own_memory() -> None:
-    waiting = Parked([torch.ones(3), torch.ones(5), torch.ones(2, dtype=torch.float64)])
-    assert [tensor.data_ptr() % 64 for tensor in waiting.read()] == [0, 0, 0]
+    next(waiting.read()).zero_()
+    assert next(waiting.read()).tolist() == [1, 1, 1, 1]
 
 
 def test_a_parked_parameter_is_the_same_object_and_trains_on() -> None:
     parameter = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     with parked([parameter]):
-        assert parameter.tolist() == [1, 1, 1]
+        assert parameter.shape == (3,)
+        assert parameter.untyped_storage().nbytes() == 4  # of one element
+    assert parameter.tolist() == [1, 1, 1]
     parameter.sum().backward()
     optimizer.step()
     assert parameter.tolist() == [0, 0, 0]
@@ -58,7 +55,7 @@ def test_no_file_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     waiting = Parked([torch.ones(3)])
     assert not list(tmp_path.iterdir())
-    assert waiting.read()[0].tolist() == [1, 1, 1]
+    assert next(waiting.read()).tolist() == [1, 1, 1]
 
 
 def test_a_disk_that_is_full_costs_memory_and_nothing_else(
@@ -70,7 +67,8 @@ def test_a_disk_that_is_full_costs_memory_and_nothing_else(
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
     tensor = torch.ones(3)
     with pytest.warns(UserWarning, match=r"No space left on device.*TMPDIR"), parked([tensor]):
-        assert tensor.tolist() == [1, 1, 1]
+        pass
+    assert tensor.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

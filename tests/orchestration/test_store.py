@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -193,6 +194,15 @@ def test_the_report_is_strict_json_even_with_nan(tmp_path: Path) -> None:
     text = (tmp_path / "s-0000" / "report.json").read_text()
     report = json.loads(text, parse_constant=refuse)
     assert report["points"][0]["val_before_tuning"] is None
+
+
+def test_the_report_says_what_evaluation_took_beside_training(tmp_path: Path) -> None:
+    run = RunDirectory.open(make_job(tmp_path))
+    for number, seconds in enumerate((2.0, 6.0), start=1):
+        run.append(replace(make_stage(number), train_seconds=seconds, eval_seconds=0.6))
+    run.finish()
+    report = json.loads((tmp_path / "s-0000" / "report.json").read_text())
+    assert report["eval_over_train"] == pytest.approx(1.2 / 8)
 
 
 def test_what_has_no_column_is_kept_in_extra(tmp_path: Path) -> None:

@@ -157,9 +157,9 @@ def _find(draft: Draft, root: Path) -> tuple[list[str], str]:
                     f"{draft.where}: image path {path!r} leaves the image root {root}; "
                     "paths must lie below it"
                 )
-        there = [path for path in candidates if (root / path).is_file()]
+        there = [path for path in candidates if _is_file(root / path)]
         if not there:
-            return [], f"image {candidates[0]} is missing"
+            return [], f"image {candidates[0]:.200} is missing"
         if not (root / there[0]).resolve().is_relative_to(root.resolve()):
             raise ValueError(
                 f"{draft.where}: image path {there[0]!r} leaves the image root {root} by a link; "
@@ -167,6 +167,13 @@ def _find(draft: Draft, root: Path) -> tuple[list[str], str]:
             )
         paths.append(there[0])
     return paths, ""
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for any file
+        return False
 
 
 def _refuse_repeats(drafts: Sequence[Draft]) -> None:

@@ -107,10 +107,18 @@ def hold_out(drafts: Sequence[Draft], share: float, *names: str) -> list[Draft]:
         drafts: Rows of any split; only those of ``train`` move.
         share: Share of the images that each of the other splits gets, at least one.
         names: The other splits.
+
+    Raises:
+        ValueError: If that leaves nothing to train on.
     """
     units = {_unit(draft) for draft in drafts if draft.split == "train"}
     order = sorted(units, key=lambda unit: hashlib.sha256(unit.encode()).digest())
     size = max(1, round(share * len(order)))
+    if order and size * len(names) >= len(order):
+        raise ValueError(
+            f"split train would be empty: its rows are about {len(order)} images (or texts), "
+            f"of which {' and '.join(names)} take {size} each; pass files with more of them"
+        )
     target = {unit: name for i, name in enumerate(names) for unit in order[i * size :][:size]}
     return [
         replace(draft, split=target.get(_unit(draft), "train"))

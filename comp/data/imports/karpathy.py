@@ -34,7 +34,7 @@ def read(sources: Sequence[Path], *, holdout: float) -> list[Draft]:
                     f"but got {split!r}"
                 )
             name = take(entry, "filename", str, where)
-            folder = entry.get("filepath", "")
+            folder = take(entry, "filepath", str, where) if "filepath" in entry else ""
             captions = [
                 take(sentence, "raw", str, where)
                 for sentence in take(entry, "sentences", list, where)
