@@ -1,11 +1,12 @@
 """Orchestration: what a trial costs beside its work, against Ray Tune, and how busy slots are.
 
-Four parts, each named on the command line or all in turn::
+Five parts, each named on the command line or all in turn::
 
     python benchmarks/measure_orchestration.py throughput   # 2,000 no-op trials, 32 actors
     python benchmarks/measure_orchestration.py tune         # 200 of them, beside Ray Tune
     python benchmarks/measure_orchestration.py utilisation  # a real study on two slots
     python benchmarks/measure_orchestration.py warm         # 50 real trials in one actor
+    python benchmarks/measure_orchestration.py simulated    # a driver of 1,000 simulated slots
 
 No-op trials have five records, each durable on disk before it is handed on, and are proposed by
 Optuna's TPE over two parameters from a journal. Ray Tune gets the same trials: OptunaSearch with
@@ -28,6 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from simulated_slots import SimulatedSlots
 from summary import Row, replace_rows, show
 
 from orchestration.cluster import connect
@@ -40,6 +42,7 @@ from studies.specfile import override, spec_of
 
 NUM_ACTORS = 32
 CPUS = 0.05
+SIMULATED_SLOTS, NUM_SIMULATED = 1000, 2000
 NUM_TRIALS, NUM_TUNE_TRIALS, NUM_WARM, RECORDS = 2000, 200, 50, 5
 # In memory where that is possible: a disk that is asked to sync twelve times a trial would be all
 # that is measured, and Ray Tune, which never asks, would be compared with it.
@@ -86,6 +89,20 @@ REAL_STUDY: dict[str, Any] = {
     "n_trials": 10,
     "parallel": 2,
     "tracking": {"enabled": False},
+}
+
+
+SHORT = {
+    "ratios": [0.1],
+    "num_stages": 2,
+    "steps_per_stage": 2,
+    "fine_tune_steps": 2,
+    "batch_size": 4,
+    "eval_samples": 16,
+    "test_samples": 16,
+    "eval_batch_size": 16,
+    "calibration_samples": 8,
+    "probe_samples": 4,
 }
 
 
@@ -266,9 +283,10 @@ def measure_warm() -> list[Row]:
         if isinstance(event.body, Notice):
             sent[event.handle.job.run_id] = time.time()
 
-    overrides = ("name=warm", f"n_trials={NUM_WARM}", "parallel=1", "fine_tune=inline")
+    overrides = ["name=warm", f"n_trials={NUM_WARM}", "parallel=1", "fine_tune=inline"]
+    overrides += [f"pruning.{key}={value}" for key, value in SHORT.items()]
     with scratch() as root, connect():
-        spec = make_spec(REAL_STUDY, root, *overrides)
+        spec = make_spec(REAL_STUDY, root, "objective={val_at: 0.1}", *overrides)
         pool = RayExecutor(1, max_growth_mib=None)
         run_study(spec, lambda: pool, [note], runner="orchestration_trials:warm_prune")
         found = {
@@ -299,6 +317,29 @@ def measure_warm() -> list[Row]:
     ]
 
 
+def measure_simulated() -> list[Row]:
+    rows = []
+    for sampler in ("tpe", "random"):
+        pool = SimulatedSlots(SIMULATED_SLOTS)
+        with scratch() as root:
+            overrides = (f"name={sampler}", f"n_trials={NUM_SIMULATED}", f"sampler={{kind: {sampler}}}")
+            slots = f"parallel={SIMULATED_SLOTS}"
+            spec = make_spec(NOOP_STUDY, root, *overrides, slots)
+            memory, begin = rss_mib(), time.process_time()
+            outcome = run_study(spec, lambda pool=pool: pool, runner="orchestration_trials:noop")
+            seconds = time.process_time() - begin - pool.worker_seconds
+        assert outcome.counts == {"complete": NUM_SIMULATED}, outcome
+        assert pool.most_at_once == SIMULATED_SLOTS
+        how = (
+            f"processor time of the driver without its jobs', {NUM_SIMULATED} no-op trials of "
+            f"{RECORDS} records on {SIMULATED_SLOTS} simulated slots, sampler {sampler}, journal; "
+            f"memory grew by {rss_mib() - memory:.0f} MiB; {MACHINE}"
+        )
+        figure = f"driver of {SIMULATED_SLOTS} slots, {sampler}"
+        rows.append(row(figure, 1000 * seconds / NUM_SIMULATED, "ms a trial", how))
+    return rows
+
+
 def row(
     figure: str,
     value: float,
@@ -323,6 +364,7 @@ PARTS = {
     "tune": measure_against_tune,
     "utilisation": measure_utilisation,
     "warm": measure_warm,
+    "simulated": measure_simulated,
 }
 
 

@@ -84,7 +84,8 @@ class RandomSampler(_SeededSampler):
 
 
 def _sampler_kind(values: Any) -> str:
-    kind = values.get("kind", "tpe") if isinstance(values, Mapping) else values.kind
+    is_mapping = isinstance(values, Mapping)
+    kind = values.get("kind", "tpe") if is_mapping else getattr(values, "kind", values)
     return str(kind)
 
 

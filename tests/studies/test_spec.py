@@ -75,6 +75,7 @@ def study(*overrides: str) -> StudySpec:
         ("resources.threads=0", "resources.threads must be greater than or equal to 1"),
         ("resources.gpus=1.5", "gpus must be auto, a share of one or a whole number, but got 1.5"),
         ("resources.gpus=some", "resources.gpus must be auto, a share of one or a whole"),
+        ("sampler=random", "sampler must be a mapping, but got 'random'"),
         ("deadline_minutes=-1", "deadline_minutes must be greater than 0, but got -1"),
     ],
 )
