@@ -322,7 +322,11 @@ def measure_simulated() -> list[Row]:
     for sampler in ("tpe", "random"):
         pool = SimulatedSlots(SIMULATED_SLOTS)
         with scratch() as root:
-            overrides = (f"name={sampler}", f"n_trials={NUM_SIMULATED}", f"sampler={{kind: {sampler}}}")
+            overrides = (
+                f"name={sampler}",
+                f"n_trials={NUM_SIMULATED}",
+                f"sampler={{kind: {sampler}}}",
+            )
             slots = f"parallel={SIMULATED_SLOTS}"
             spec = make_spec(NOOP_STUDY, root, *overrides, slots)
             memory, begin = rss_mib(), time.process_time()
