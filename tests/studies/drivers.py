@@ -1,6 +1,7 @@
 """Drivers as processes of their own, to be killed, refused and watched."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -35,7 +36,14 @@ def start(runner: str, *words: str, log: Path, **environment: str) -> "subproces
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **environment}
     command = [sys.executable, "-c", SCRIPT, runner, *words]
     with log.open("ab") as stream:
-        return subprocess.Popen(command, env=env, stdout=stream, stderr=stream)
+        return subprocess.Popen(
+            command, env=env, stdout=stream, stderr=stream, preexec_fn=listen_to_ctrl_c
+        )
+
+
+def listen_to_ctrl_c() -> None:
+    """Undoes what a suite that runs in the background hands down: that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(happened: Callable[[], object], seconds: float, what: str) -> None:

@@ -3,14 +3,12 @@
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from orchestration.store import read_run
 from studies.cli_cluster import exposed
 from studies.errors import SpecError
 from studies.specfile import load_study_for
+from tests.studies.drivers import listen_to_ctrl_c
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -201,8 +200,7 @@ def test_ctrl_c_detaches_and_a_second_one_stops_the_job(head: Running, tmp_path:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A suite that runs in the background hands down that Ctrl-C is ignored.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=listen_to_ctrl_c,
     )
     watchdog = threading.Timer(120, process.kill)
     watchdog.start()
