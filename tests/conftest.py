@@ -58,7 +58,9 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the longest files first, so that no process is left alone with one at the end."""
+    """With several processes, puts the longest files first: none is then alone at the end."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
     urgency = dict.fromkeys((item.path for item in items), 0)
     for item in items:
         for value, name in enumerate(("slow", "chaos"), start=1):
