@@ -333,8 +333,8 @@ class HeadWatch:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Ends the watch; once the head is lost, leaving may stand still, and it goes on."""
-        if not self.is_lost:
+        """Ends the watch; while the head is silent, leaving may stand still, and it goes on."""
+        if self._answers():
             self._stopped.set()
 
     def _sentence(self) -> str:
