@@ -309,8 +309,6 @@ class HeadWatch:
             now = time.monotonic()
             self._silent_since = self._silent_since or now
             if now - self._silent_since > 2 * self._patience:
-                if not ray.is_initialized():
-                    return  # this process has left the cluster
                 # The main thread stands still in one of Ray's calls, and Ray is about to exit.
                 print(f"comp: {self._sentence()}", file=sys.stderr, flush=True)
                 os._exit(1)
@@ -333,9 +331,8 @@ class HeadWatch:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Ends the watch; while the head is silent, leaving may stand still, and it goes on."""
-        if self._answers():
-            self._stopped.set()
+        """Ends the watch."""
+        self._stopped.set()
 
     def _sentence(self) -> str:
         return (

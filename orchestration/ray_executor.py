@@ -232,14 +232,18 @@ class RayExecutor:
         """Starts as many actors as there are jobs to run, up to the number of slots."""
         waiting = self._waiting_sizes()
         self._make_way(waiting)
-        if not waiting or time.monotonic() < self._next_start:
+        free = self._num_slots - self._num_actors
+        if not waiting or free <= 0 or time.monotonic() < self._next_start:
             return
         starved = self._starved()
-        room = min(self._num_slots - self._num_actors, self._starts_at_once())
-        for size in waiting[: max(room, 0)] if starved is None else [starved][:room]:
-            if size in waiting and self._is_worth_a_start(size):
-                self._next_start = time.monotonic() + TOP_UP_PAUSE
-                self._start(size)
+        if starved is not None:
+            waiting = [starved] if starved in waiting else []
+        sizes = [size for size in waiting[:free] if self._is_worth_a_start(size)]
+        if not sizes:
+            return  # Ray is asked for its cores only when an actor is to start
+        for size in sizes[: max(0, self._starts_at_once())]:
+            self._next_start = time.monotonic() + TOP_UP_PAUSE
+            self._start(size)
 
     def _make_way(self, waiting: list[Resources]) -> None:
         """Ends idle actors that hold what one of another size waits for, or the last slot."""

@@ -14,6 +14,7 @@ from studies.folder import StudyFolder
 
 PULSE = "pulse.json"
 SECONDS = 10.0
+LEAVE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def leaving_pulse(
             have: dict[str, tuple[float, float]] = {}
             with contextlib.suppress(Exception):  # a cluster that is gone is the driver's matter
                 have = resources()
+            if done.is_set():
+                return
             pulse = Pulse(time.time(), began, socket.gethostname(), os.getpid(), have)
             with contextlib.suppress(StorageError, OSError):
                 data = json.dumps(asdict(pulse)).encode()
@@ -70,7 +73,7 @@ def leaving_pulse(
         yield
     finally:
         done.set()
-        thread.join()
+        thread.join(LEAVE_SECONDS)  # it may stand still: Ray waits a minute for a lost head
         with contextlib.suppress(StorageError, OSError):
             folder.storage.remove(PULSE)
 
