@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,28 +65,21 @@ class Recipe:
 SMALL = BlipShape(heads=12, vision_layers=6, text_layers=4)
 """No head or channel of it holds more than half a percent of its FLOPs."""
 
+_NLVR2 = Recipe(
+    task="nlvr2",
+    steps=5000,
+    batch_size=24,
+    learning_rate=7e-4,
+    warmup=100,
+    init="blip-tiny-vqa",
+    align_steps=1500,
+)
+
 RECIPES: dict[str, Recipe] = {
     "blip-tiny-vqa": Recipe(task="vqa", steps=4000),
-    "blip-tiny-nlvr2": Recipe(
-        task="nlvr2",
-        steps=5000,
-        batch_size=24,
-        learning_rate=7e-4,
-        warmup=100,
-        init="blip-tiny-vqa",
-        align_steps=1500,
-    ),
+    "blip-tiny-nlvr2": _NLVR2,
     "blip-small-vqa": Recipe(task="vqa", steps=5000, shape=SMALL),
-    "blip-small-nlvr2": Recipe(
-        task="nlvr2",
-        steps=5000,
-        batch_size=24,
-        learning_rate=7e-4,
-        warmup=100,
-        init="blip-small-vqa",
-        align_steps=1500,
-        shape=SMALL,
-    ),
+    "blip-small-nlvr2": replace(_NLVR2, init="blip-small-vqa", shape=SMALL),
     "blip-tiny-captioning": Recipe(task="captioning", steps=3000),
     "blip-tiny-retrieval": Recipe(task="retrieval", steps=3000),
     "clip-tiny-retrieval": Recipe(task="retrieval", steps=4000, batch_size=128, family="clip"),
