@@ -97,17 +97,14 @@ class AttentionSite:
 
     def over_columns(self, units: Tensor) -> Tensor:
         """Repeats what belongs to every unit, ``(units,)``, for every column it has."""
-        if self.fixed_heads:
-            return units.repeat(self.fixed_heads)
-        return units.repeat_interleave(self.unit_width)
+        return self._over(units, self.unit_width)
 
     def over_keys(self, units: Tensor) -> Tensor:
         """As ``over_columns``, for the rows of the key and the value projection."""
-        return (
-            self.over_columns(units)
-            if self.fixed_heads
-            else units.repeat_interleave(self.head_dim)
-        )
+        return self._over(units, self.key_width)
+
+    def _over(self, units: Tensor, width: int) -> Tensor:
+        return units.repeat(width) if self.fixed_heads else units.repeat_interleave(width)
 
     def by_unit(self, columns: Tensor) -> Tensor:
         """Sorts what belongs to every column ``(a,)`` by units, ``(units, unit_width)``."""

@@ -31,6 +31,7 @@ from comp.cost import Meter
 from comp.handle import PruningHandle
 from comp.models.blip_nlvr import BlipForNLVR
 from comp.modes import PruningMode
+from comp.shrink import shrink_
 from comp.tasks.base import ALONE, Batch, Shard
 
 PAD, BOS, SEP = 0, 1, 2
@@ -473,6 +474,18 @@ def measured(
 def total_macs(handle: PruningHandle, recorder: TokenRecorder) -> int:
     """Multiply-adds of all samples that a recorder saw."""
     return recorder.measurement(handle.groups.values(), handle.alive()).total_macs
+
+
+def check_shrinking(handle: PruningHandle, family: "TinyFamily") -> None:
+    """Asserts that the masked model and its shrunk self agree in outputs, tokens and FLOPs."""
+    batch = family.batch(4, 0)
+    masked, before = measured(handle, family, batch)
+    macs = total_macs(handle, before)
+    shrink_(handle)
+    shrunk, after = measured(handle, family, batch)
+    assert after.counts == before.counts
+    torch.testing.assert_close(shrunk, masked, rtol=0, atol=1e-5)
+    assert total_macs(handle, after) == macs
 
 
 class TinyTask:

@@ -14,7 +14,14 @@ from comp.handle import PruningHandle
 from comp.models import attach
 from comp.modes import Stream
 from comp.shrink import apply_plan_, migrate_optimizer_, num_parameters, shrink_
-from tests.tiny import ENCODER_FAMILIES, FAMILIES, TinyFamily, measured, random_masks, total_macs
+from tests.tiny import (
+    ENCODER_FAMILIES,
+    FAMILIES,
+    TinyFamily,
+    check_shrinking,
+    measured,
+    random_masks,
+)
 
 THRESHOLDS = {Stream.VISION: 0.8, Stream.TEXT: 0.7}
 
@@ -82,14 +89,7 @@ def test_with_cit_the_shrunk_model_keeps_the_same_tokens(
     handle = attach(family.build(0), mask_site=site, merge=merge)
     handle.masks = random_masks(handle)
     handle.thresholds = dict(THRESHOLDS)
-    batch = family.batch(4, 0)
-    masked, before = measured(handle, family, batch)
-    macs = total_macs(handle, before)
-    shrink_(handle)
-    shrunk, after = measured(handle, family, batch)
-    assert after.counts == before.counts
-    assert distance(shrunk, masked) <= 1e-5
-    assert total_macs(handle, after) == macs
+    check_shrinking(handle, family)
 
 
 @pytest.mark.equations("Eq. 7")

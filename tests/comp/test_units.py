@@ -27,6 +27,7 @@ from tests.tiny import (
     SIGLIP,
     TinyFamily,
     TinyTask,
+    check_shrinking,
     measured,
     random_masks,
     sample_of,
@@ -68,14 +69,7 @@ def test_masked_dimensions_and_removed_ones_give_the_same_outputs_tokens_and_flo
     family = family_of(name)
     handle = narrowed(family)
     handle.thresholds = dict(THRESHOLDS)
-    batch = family.batch(4, 0)
-    masked, before = measured(handle, family, batch)
-    macs = total_macs(handle, before)
-    shrink_(handle)
-    shrunk, after = measured(handle, family, batch)
-    assert after.counts == before.counts
-    torch.testing.assert_close(shrunk, masked, rtol=0, atol=1e-5)
-    assert total_macs(handle, after) == macs
+    check_shrinking(handle, family)
 
 
 @pytest.mark.parametrize("name", ["blip-vqa", "blip-caption", "clip"])
