@@ -1,5 +1,5 @@
 # Everything happens in .venv. ARGS passes arguments on: make test ARGS='-m "not slow"'.
-# The tests run in one process; JOBS=3 runs whole files in three, which faults that tests make do not all bear yet.
+# The tests run in one process; JOBS=3 runs them in three, whole files at a time.
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 0

@@ -48,10 +48,8 @@ class PrunerActor:
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
         """Lets the current stage become durable; there usually are 30 seconds left."""
         self._preempted = True
-        if not self._is_busy:
-            raise SystemExit(
-                0
-            )  # Ray looks for signals every few milliseconds, and takes this well
+        if not self._is_busy:  # Ray looks for signals every few milliseconds, and takes this well
+            raise SystemExit(0)
 
     def where(self) -> Place:
         """Returns where this actor lives, once it has nothing else to do."""
