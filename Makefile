@@ -1,8 +1,8 @@
 # Everything happens in .venv. ARGS passes arguments on: make test ARGS='-m "not slow"'.
-# The tests run in one process; JOBS=3 runs them in three, whole files at a time.
+# The tests run in three processes, whole files at a time; JOBS=0 runs them in one.
 VENV := .venv
 BIN := $(VENV)/bin
-JOBS ?= 0
+JOBS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint type format docs bench ci constraints clean
