@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -24,17 +24,45 @@ from studies.search import (
     TpeSampler,
     WilcoxonPruner,
 )
-from studies.space import grid_of
+from studies.space import grid_of, is_close
 from studies.spec import StudySpec
 
 
 class AskedGrid(optuna.samplers.GridSampler):
-    """A grid for a loop that asks and tells; Optuna's own would stop a loop that is not there."""
+    """A grid for a loop that asks and tells; Optuna's own would stop a loop that is not there.
+
+    A trial that was enqueued counts for the combination that it is of, which Optuna's own would
+    ask for once more.
+    """
 
     @property
     def size(self) -> int:
         """Number of combinations."""
         return self._n_min_trials
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Gives a trial its combination: the enqueued one, or the next that is left."""
+        if "grid_id" in trial.system_attrs:
+            return
+        enqueued = trial.system_attrs.get("fixed_params")
+        if enqueued is None:
+            place = min(self._get_unvisited_grid_ids(study))
+        else:
+            place = self._place_of(enqueued)
+        attrs = {} if place is None else {"search_space": self._search_space, "grid_id": place}
+        for name, value in attrs.items():
+            study._storage.set_trial_system_attr(trial._trial_id, name, value)
+
+    def _place_of(self, labels: Mapping[str, Any]) -> int | None:
+        if set(labels) != set(self._param_names):
+            return None
+        for place, combination in enumerate(self._all_grids):
+            if all(
+                labels[name] == value or is_close(labels[name], value)
+                for name, value in zip(self._param_names, combination, strict=True)
+            ):
+                return place
+        return None
 
     def after_trial(
         self,

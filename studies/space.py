@@ -183,12 +183,12 @@ def label_of(domain: Domain, value: Any) -> Any:
     """
     label = _nearest_label(domain, value)
     given = domain.value_of(label) if isinstance(domain, ChoiceDomain) else label
-    if _plain(given) != _plain(value) and not _is_close(given, value):
+    if _plain(given) != _plain(value) and not is_close(given, value):
         raise ValueError(f"{value!r} is not in the domain, whose nearest value is {given!r}")
     return label
 
 
-def _is_close(one: Any, other: Any) -> bool:
+def is_close(one: Any, other: Any) -> bool:
     numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (one, other))
     return bool(numbers and abs(one - other) <= 1e-9 * max(abs(one), abs(other)))
 

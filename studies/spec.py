@@ -192,7 +192,10 @@ class StudySpec(RunSpec):
     @model_validator(mode="before")
     @classmethod
     def _count_grid(cls, values: Any) -> Any:
-        """Lets a grid have as many trials as it takes, unless the spec says how many."""
+        """Lets a grid have as many trials as it takes, unless the spec says how many.
+
+        Trial 0 is one of the grid's.
+        """
         sampler = values.get("sampler") if isinstance(values, dict) else None
         is_grid = isinstance(sampler, dict) and sampler.get("kind") == "grid"
         if not is_grid or "n_trials" in values:
@@ -201,7 +204,7 @@ class StudySpec(RunSpec):
             size = _grid_size(TypeAdapter(dict[str, Domain]).validate_python(values["space"]))
         except (KeyError, ValueError):
             return values  # said once and better by the checks that follow
-        return {**values, "n_trials": 1 + len(values.get("enqueue") or ()) + size}
+        return {**values, "n_trials": len(values.get("enqueue") or ()) + size}
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
