@@ -7,6 +7,7 @@ from studies.cli_cluster import cluster
 from studies.cli_data import data, presets
 from studies.cli_model import diagnose, evaluate, measure
 from studies.cli_promote import promote
+from studies.cli_results import results
 from studies.cli_run import compare, demo, prune
 from studies.cli_search import enqueue, proxy, watch
 from studies.cli_study import study
@@ -36,6 +37,7 @@ for _command in (
     prune,
     study,
     compare,
+    results,
     evaluate,
     measure,
     diagnose,

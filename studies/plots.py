@@ -19,6 +19,7 @@ from studies.curves import Curve, Metric, check_comparable
 
 if TYPE_CHECKING:
     from comp.diagnostics import LayerInterference
+    from studies.reproduction import ResultRow
 
 GREY = "#9a9a9a"
 BLACK = "#000000"
@@ -92,6 +93,38 @@ def plot_runs(
     if len(curves) > MAX_NAMED:
         axes.plot([], [], " ", label=f"{len(curves) - MAX_NAMED} more runs")
     return _save(figure, axes, target)
+
+
+def plot_settings(rows: Sequence["ResultRow"], target: Path, *, title: str) -> list[Path]:
+    """Draws the mean test metric of every setting of a study, with the standard error of the mean.
+
+    The paper's method is bold. A study of one ratio becomes one column of points.
+
+    Returns:
+        The PNG and the SVG.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=13, loc="left")
+    axes.set_xlabel("FLOPs removed (share of the dense model's multiply-adds, %)", fontsize=11)
+    axes.set_ylabel("Test metric (points of 100)", fontsize=11)
+    _polish(axes)
+    names = list(dict.fromkeys(row.method for row in rows))
+    for index, name in enumerate(names):
+        own = sorted((row for row in rows if row.method == name), key=lambda r: r.ratio_asked)
+        axes.errorbar(
+            [100 * row.ratio_reached for row in own],
+            [row.test.mean for row in own],
+            yerr=[row.test.std / row.test.num**0.5 for row in own],
+            color=PALETTE[index % len(PALETTE)],
+            marker=MARKERS[(index + index // len(PALETTE)) % len(MARKERS)],
+            linewidth=2.8 if own[0].is_comp else 1.3,
+            linestyle="-" if index < len(PALETTE) else "--",
+            capsize=3,
+            label=name,
+        )
+    axes.legend(fontsize=9, frameon=False, loc="best")
+    return _write(figure, target)
 
 
 def plot_interference(

@@ -45,11 +45,11 @@ class AskedGrid(optuna.samplers.GridSampler):
         if "grid_id" in trial.system_attrs:
             return
         enqueued = trial.system_attrs.get("fixed_params")
-        if enqueued is None:
-            place = min(self._get_unvisited_grid_ids(study))
-        else:
-            place = self._place_of(enqueued)
-        attrs = {} if place is None else {"search_space": self._search_space, "grid_id": place}
+        left = self._get_unvisited_grid_ids(study)
+        place = min(left) if enqueued is None else self._place_of(enqueued)
+        if place is None:
+            return
+        attrs: dict[str, Any] = {"search_space": self._search_space, "grid_id": place}
         for name, value in attrs.items():
             study._storage.set_trial_system_attr(trial._trial_id, name, value)
 

@@ -189,6 +189,7 @@ def label_of(domain: Domain, value: Any) -> Any:
 
 
 def is_close(one: Any, other: Any) -> bool:
+    """Tells whether two numbers are equal but for rounding; anything else is not."""
     numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (one, other))
     return bool(numbers and abs(one - other) <= 1e-9 * max(abs(one), abs(other)))
 

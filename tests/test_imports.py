@@ -35,7 +35,12 @@ MAY_IMPORT = {
     ),
     "orchestration": ("orchestration/*", "studies/*"),
     "psutil": ("orchestration/clusters/local.py",),
-    "pyarrow": ("comp/data/*", "orchestration/stor*.py", "studies/curves.py"),
+    "pyarrow": (
+        "comp/data/*",
+        "orchestration/stor*.py",
+        "studies/curves.py",
+        "studies/reproduction*.py",
+    ),
     "pydantic": ("studies/*",),
     "ray": ("orchestration/ray_*.py", "orchestration/cluster.py"),
     "resvg_py": ("comp/data/*",),

@@ -1,0 +1,206 @@
+"""The tables of docs/results.md: every setting of a study, against the best baseline.
+
+``collect`` copies what finished runs say into two small Parquet files; everything else is made
+from these, so that whoever has the repository can make the tables again without running anything.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from comp.config import METHODS, PruningConfig
+from comp.results import unpack_outcomes
+from orchestration.job import Job
+from orchestration.store import Run
+from orchestration.store_tables import tables_of
+from studies.curves import Spread, spread
+from studies.domains import FixedDomain
+from studies.folder import StudyFolder
+from studies.paired import Difference, paired_difference, sampled_difference
+from studies.sources import find_runs
+from studies.spec import StudySpec
+
+POINTS = "points.parquet"
+STAGES = "stages.parquet"
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One setting at one ratio.
+
+    Attributes:
+        study: Name of the study.
+        data: What it was measured on.
+        model: What was pruned.
+        task: Name of the task.
+        method: The setting: method id, or the switches that the study varies.
+        is_comp: Whether the setting is the paper's method.
+        ratio_asked: The FLOPs ratio that was asked for.
+        ratio_reached: Mean of the ratios reached.
+        seeds: The seeds behind it, ascending.
+        val: Validation metric over the seeds.
+        test: Test metric over the seeds.
+        baseline: The setting that it is compared with: of all that are not the paper's method the
+            best by mean validation metric at this ratio.
+        difference: Test metric minus the baseline's, over shared seeds and test samples, or over
+            seeds alone where the metric is no mean over samples; ``None`` for the baseline itself.
+    """
+
+    study: str
+    data: str
+    model: str
+    task: str
+    method: str
+    is_comp: bool
+    ratio_asked: float
+    ratio_reached: float
+    seeds: tuple[int, ...]
+    val: Spread
+    test: Spread
+    baseline: str
+    difference: Difference | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the row of ``docs/results.json``."""
+        return {
+            "study": self.study,
+            "data": self.data,
+            "model": self.model,
+            "task": self.task,
+            "method": self.method,
+            "ratio_asked": self.ratio_asked,
+            "ratio_reached": round(self.ratio_reached, 4),
+            "seeds": len(self.seeds),
+            "val_mean": round(self.val.mean, 3),
+            "val_std": round(self.val.std, 3),
+            "test_mean": round(self.test.mean, 3),
+            "test_std": round(self.test.std, 3),
+            "baseline": self.baseline,
+            **_interval(self.difference),
+        }
+
+
+def _interval(difference: Difference | None) -> dict[str, float | None]:
+    names = {"diff_to_best_baseline": "mean", "diff_ci_low": "low", "diff_ci_high": "high"}
+    return {key: _rounded(getattr(difference, name, None)) for key, name in names.items()}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+def collect(folders: Sequence[StudyFolder], target: Path) -> int:
+    """Writes the points and stages of studies' runs to ``target`` and returns how many runs.
+
+    A run without a finished ratio is left out.
+
+    Raises:
+        SpecError: If a study has no run.
+    """
+    points, stages = [], []
+    for folder in folders:
+        spec = folder.read_spec()
+        for run in find_runs([folder.location], folder.root):
+            if all(point.method == "dense" for point in run.points):
+                continue
+            tables = tables_of(run.job, run.records)
+            points.append(_with_setting(tables["curve"], run, spec))
+            stages.append(_with_setting(tables["stages"].drop_columns(["layers"]), run, spec))
+    target.mkdir(parents=True, exist_ok=True)
+    for name, tables_found in ((POINTS, points), (STAGES, stages)):
+        temporary = target / f".{name}"
+        pa.parquet.write_table(pa.concat_tables(tables_found), temporary, compression="zstd")
+        temporary.replace(target / name)
+    return len(points)
+
+
+def _with_setting(table: pa.Table, run: Run, spec: StudySpec) -> pa.Table:
+    config = PruningConfig.from_dict(run.job.config)
+    columns = {
+        "setting": setting_of(run.job, spec),
+        "is_comp": config.switches == METHODS["comp"],
+        "data": run.job.data or "OpenMoji",
+        "commit": run.environment.get("git_commit", ""),
+    }
+    for name, value in columns.items():
+        table = table.append_column(name, pa.array([value] * table.num_rows))
+    return table
+
+
+def setting_of(job: Job, spec: StudySpec) -> str:
+    """Returns what tells a run from the others of its study, such as ``cip=true cit=false``."""
+    keys = [key for key, domain in spec.space.items() if not isinstance(domain, FixedDomain)]
+    if keys == ["method"]:
+        return job.method
+    values = {key: job.config.get(key) for key in keys}
+    return " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+
+
+def read_rows(directory: Path) -> list[ResultRow]:
+    """Reads what ``collect`` wrote and compares: rows by study, ratio and setting."""
+    points = pa.parquet.read_table(directory / POINTS).to_pylist()
+    groups: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}
+    for point in points:
+        if point["method"] == "dense":
+            continue
+        at = groups.setdefault((point["study"], point["ratio_asked"]), {})
+        at.setdefault(point["setting"], []).append(point)
+    return [row for key in sorted(groups) for row in _rows_at(groups[key])]
+
+
+def _rows_at(settings: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[ResultRow]:
+    """Compares the settings of one study at one ratio."""
+    others = [name for name, points in settings.items() if not points[0]["is_comp"]]
+
+    def height(name: str) -> float:
+        return float(np.mean([point["val"] for point in settings[name]]))
+
+    baseline = max(others or settings, key=height)
+    return [_row(name, settings[name], baseline, settings[baseline]) for name in settings]
+
+
+def _row(
+    name: str,
+    points: Sequence[Mapping[str, Any]],
+    baseline: str,
+    baseline_points: Sequence[Mapping[str, Any]],
+) -> ResultRow:
+    first = points[0]
+    return ResultRow(
+        study=first["study"],
+        data=first["data"],
+        model=first["model"],
+        task=first["task"],
+        method=name,
+        is_comp=first["is_comp"],
+        ratio_asked=first["ratio_asked"],
+        ratio_reached=float(np.mean([point["ratio_reached"] for point in points])),
+        seeds=tuple(sorted(point["seed"] for point in points)),
+        val=spread([point["val"] for point in points]),
+        test=spread([point["test"] for point in points]),
+        baseline=baseline,
+        difference=None if name == baseline else _difference(points, baseline_points),
+    )
+
+
+def _difference(
+    ours: Iterable[Mapping[str, Any]], theirs: Iterable[Mapping[str, Any]]
+) -> Difference | None:
+    """Pairs by seed and test sample; ``None`` if no seed is shared."""
+    mine, other = ({point["seed"]: point for point in side} for side in (ours, theirs))
+    seeds = sorted(mine.keys() & other.keys())
+    if not seeds:
+        return None
+    pairs = [(mine[seed], other[seed]) for seed in seeds]
+    if not all(point["outcomes"] for pair in pairs for point in pair):
+        return paired_difference([our["test"] - their["test"] for our, their in pairs])
+    sides = [
+        [unpack_outcomes(point["outcomes"]) for point in side] for side in zip(*pairs, strict=True)
+    ]
+    return sampled_difference(*sides)

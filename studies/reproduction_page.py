@@ -1,0 +1,134 @@
+"""docs/results.md and docs/results.json, written from the collected points and stages.
+
+The text of the page is a person's; this module fills what stands between
+``<!-- begin NAME -->`` and ``<!-- end NAME -->``.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+
+from studies.folder import write_atomically
+from studies.plots import plot_settings
+from studies.reproduction import POINTS, STAGES, ResultRow, read_rows
+
+TOLERANCE = 0.005  # how far a ratio may lie from the asked one on equal terms
+
+
+def write_results(data: Path, page: Path) -> list[Path]:
+    """Writes tables into a page, ``results.json`` beside it and the plots into ``data``.
+
+    Args:
+        data: Directory that ``studies.reproduction.collect`` wrote.
+        page: A Markdown file with places for tables.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: If the page has a place for a table that the data does not give.
+    """
+    rows = read_rows(data)
+    studies = list(dict.fromkeys(row.study for row in rows))
+    tables: dict[str, str] = {}
+    written = []
+    for study in studies:
+        own = [row for row in rows if row.study == study]
+        tables[f"test {study}"] = test_table(own)
+        tables[f"differences {study}"] = difference_table(own)
+        written += plot_settings(own, data / study, title=f"{study}: mean of the seeds")
+    tables |= mode_tables(data)
+    write_atomically(page, fill(page.read_text(encoding="utf-8"), tables))
+    values = page.with_suffix(".json")
+    write_atomically(values, json.dumps([row.to_dict() for row in rows], indent=1) + "\n")
+    return [page, values, *written]
+
+
+def fill(text: str, tables: Mapping[str, str]) -> str:
+    """Puts tables into their places.
+
+    Raises:
+        ValueError: If there is no table for a place.
+    """
+
+    def put(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in tables:
+            raise ValueError(
+                f"the page has a place for {name!r}, but the data gives {', '.join(tables)}"
+            )
+        return f"<!-- begin {name} -->\n{tables[name]}\n<!-- end {name} -->"
+
+    return re.sub(r"<!-- begin (.+?) -->.*?<!-- end \1 -->", put, text, flags=re.DOTALL)
+
+
+def test_table(rows: Sequence[ResultRow]) -> str:
+    """Returns mean and standard deviation of the test metric, a column a ratio.
+
+    A star marks a mean ratio that lies further than ``TOLERANCE`` from the asked one.
+    """
+
+    def cell(row: ResultRow) -> str:
+        is_off = abs(row.ratio_reached - row.ratio_asked) > TOLERANCE
+        return f"{row.test}" + ("*" if is_off else "")
+
+    return _pivot(rows, cell)
+
+
+def difference_table(rows: Sequence[ResultRow]) -> str:
+    """Returns differences to the best baseline with their intervals, bold where 0 is outside."""
+
+    def cell(row: ResultRow) -> str:
+        if row.difference is None:
+            return "baseline" if row.method == row.baseline else "-"
+        return f"**{row.difference}**" if row.difference.is_clear else f"{row.difference}"
+
+    return _pivot(rows, cell)
+
+
+def _pivot(rows: Sequence[ResultRow], cell: Any) -> str:
+    ratios = sorted({row.ratio_asked for row in rows})
+    by_place = {(row.method, row.ratio_asked): row for row in rows}
+    top = {row.method: row.test.mean for row in sorted(rows, key=lambda r: r.ratio_asked)}
+    lines = ["| setting | seeds | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |"]
+    lines.append("| --- " * (len(ratios) + 2) + "|")
+    for method in sorted(top, key=lambda name: -top[name]):
+        own = [by_place.get((method, ratio)) for ratio in ratios]
+        seeds = min(len(row.seeds) for row in own if row is not None)
+        cells = [f"`{method}`", str(seeds), *("-" if row is None else cell(row) for row in own)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def mode_tables(data: Path) -> dict[str, str]:
+    """Returns, for every study, how often CoMP pruned each mode and how much that removed."""
+    dense = {
+        (point["study"], point["run_id"]): 1e9 * point["gmacs"]
+        for point in pyarrow.parquet.read_table(data / POINTS).to_pylist()
+        if point["method"] == "dense"
+    }
+    before = dict(dense)
+    visits: dict[str, Counter[str]] = {}
+    removed: dict[str, Counter[str]] = {}
+    for stage in pyarrow.parquet.read_table(data / STAGES).to_pylist():
+        run = (stage["study"], stage["run_id"])
+        if not stage["is_comp"]:
+            continue
+        visits.setdefault(stage["study"], Counter())[stage["mode"]] += 1
+        share = (before[run] - stage["macs"]) / dense[run]
+        removed.setdefault(stage["study"], Counter())[stage["mode"]] += share
+        before[run] = stage["macs"]
+    return {f"modes {study}": _mode_table(visits[study], removed[study]) for study in visits}
+
+
+def _mode_table(visits: Mapping[str, int], removed: Mapping[str, float]) -> str:
+    total = sum(removed.values())
+    lines = ["| mode | stages | share of the removed FLOPs |", "| --- | --- | --- |"]
+    for mode in sorted(visits, key=lambda name: -removed[name]):
+        lines.append(f"| {mode} | {visits[mode]} | {removed[mode] / total:.0%} |")
+    return "\n".join(lines)
