@@ -1,5 +1,6 @@
 """The shared forward pass: against a naive one, and the invariances it owes its users."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from comp.blocks import unmetered
 from comp.config import Method
 from comp.handle import PruningHandle
+from comp.importance import ActivationStatistics
 from comp.models import attach
 from comp.modes import Stream
 from comp.token_state import real_rows
@@ -271,6 +273,34 @@ def test_statistics_do_not_depend_on_batch_mates(
         torch.testing.assert_close(together.sums[group], alone.sums[group], rtol=1e-4, atol=1e-6)
 
 
+class _RowRecorder(ActivationStatistics):
+    """Notes how many rows of every sample count in each group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[str, list[int]] = {}
+
+    def add(self, group: str, activation: Tensor, token_weight: Tensor | None) -> None:
+        assert token_weight is not None
+        assert token_weight.shape == activation.shape[:2]
+        self.rows[group] = (token_weight > 0).sum(dim=1).tolist()
+
+
+@pytest.mark.equations("Eq. 5")
+@pytest.mark.parametrize("family", ENCODER_FAMILIES, indirect=True)
+def test_a_feed_forward_layer_is_weighed_on_the_rows_that_enter_the_next_attention(
+    family: TinyFamily, handle: PruningHandle
+) -> None:
+    handle.statistics = recorder = _RowRecorder()
+    family.outputs(handle.model, family.batch(3, 0))
+    handle.statistics = None
+    for blocks in handle.structure.encoders.values():
+        for block, after in itertools.pairwise(blocks):
+            own, entering = (recorder.rows[b.attention.name] for b in (block, after))
+            assert recorder.rows[block.feed_forward.name] == entering
+            assert block.stream is not Stream.VISION or own != entering
+
+
 def test_collecting_does_not_change_the_outputs(family: TinyFamily, handle: PruningHandle) -> None:
     batch = family.batch(2, 0)
     before = family.outputs(handle.model, batch)
@@ -317,6 +347,17 @@ def test_padding_changes_nothing(family: TinyFamily, handle: PruningHandle) -> N
     assert distance(wider, outputs) <= 1e-5
     assert after.counts == before.counts
     assert total_macs(handle, after) == total_macs(handle, before)
+
+
+def test_padding_changes_no_statistics(family: TinyFamily, handle: PruningHandle) -> None:
+    sums = []
+    for batch in (family.batch(3, 0), padded_further(family.batch(3, 0), 4)):
+        with handle.collecting() as statistics:
+            family.outputs(handle.model, batch)
+        sums.append(statistics.sums)
+    assert sums[0].keys() == sums[1].keys()
+    for group in sums[0]:
+        torch.testing.assert_close(sums[1][group], sums[0][group], rtol=1e-5, atol=1e-7)
 
 
 def test_what_stands_in_padded_places_changes_nothing(

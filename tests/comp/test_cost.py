@@ -177,6 +177,23 @@ def test_pruned_units_drop_exactly_what_was_predicted(family: TinyFamily) -> Non
     assert before.total_macs - counted_here(handle, family, batch) == predicted
 
 
+@pytest.mark.parametrize("name", ["blip-nlvr", "clip"])
+def test_with_token_counts_frozen_pruned_units_drop_what_was_predicted_too(name: str) -> None:
+    family = FAMILIES[name]
+    handle = attach(family.build(0))
+    handle.static_tokens = {"vision": [14, 11, 9]}
+    batch = family.batch(4, 0)
+    _, recorder = measured(handle, family, batch)
+    before = total_macs(handle, recorder)
+    masks = random_masks(handle, 3)
+    predicted = sum(
+        int((masks[name] == 0).sum()) * int(recorder._unit_macs[name]) for name in masks
+    )
+    handle.masks = masks
+    assert before < counted_here(attach(family.build(0)), family, batch)
+    assert before - counted_here(handle, family, batch) == predicted
+
+
 def test_units_behind_the_last_token_decision_drop_it_with_tokens_dropped_too() -> None:
     family = FAMILIES["blip-vqa"]
     handle = attach(family.build(0))

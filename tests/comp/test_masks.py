@@ -120,14 +120,15 @@ def test_heads_and_channels_are_standardised_apart(
         torch.testing.assert_close(scores, standardise(scores))
 
 
-def test_the_ranking_does_not_depend_on_the_scale_of_a_kind(
+def test_the_ranking_does_not_depend_on_the_scale_or_the_offset_of_a_kind(
     handle: PruningHandle, statistics: ActivationStatistics
 ) -> None:
-    before = rank_units(vision_groups(handle), statistics, {})
-    for name, group in handle.groups.items():
-        if group.kind == "head":
-            statistics.sums[name] = 400 * statistics.sums[name]
-    after = rank_units(vision_groups(handle), statistics, {})
+    groups = vision_groups(handle)
+    scores = {group.name: unit_scores(group, statistics) for group in groups}
+    affine = {
+        g.name: 20 * scores[g.name] + 3 if g.kind == "head" else scores[g.name] for g in groups
+    }
+    before, after = (rank_scores(groups, given, {}) for given in (scores, affine))
     assert [(e.group, e.unit) for e in after] == [(e.group, e.unit) for e in before]
 
 
