@@ -98,7 +98,7 @@ def plot_runs(
 def plot_settings(rows: Sequence["ResultRow"], target: Path, *, title: str) -> list[Path]:
     """Draws the mean test metric of every setting of a study, with the standard error of the mean.
 
-    The paper's method is bold. A study of one ratio becomes one column of points.
+    The paper's own methods are bold. A study of one ratio becomes one column of points.
 
     Returns:
         The PNG and the SVG.
@@ -118,7 +118,7 @@ def plot_settings(rows: Sequence["ResultRow"], target: Path, *, title: str) -> l
             yerr=[row.test.std / row.test.num**0.5 for row in own],
             color=PALETTE[index % len(PALETTE)],
             marker=MARKERS[(index + index // len(PALETTE)) % len(MARKERS)],
-            linewidth=2.8 if own[0].is_comp else 1.3,
+            linewidth=2.8 if own[0].is_own else 1.3,
             linestyle="-" if index < len(PALETTE) else "--",
             capsize=3,
             label=name,

@@ -40,13 +40,13 @@ class ResultRow:
         model: What was pruned.
         task: Name of the task.
         method: The setting: method id, or the switches that the study varies.
-        is_comp: Whether the setting is the paper's method.
+        is_own: Whether the setting is a method of the paper: CoMP, or CIM without MPS.
         ratio_asked: The FLOPs ratio that was asked for.
         ratio_reached: Mean of the ratios reached.
         seeds: The seeds behind it, ascending.
         val: Validation metric over the seeds.
         test: Test metric over the seeds.
-        baseline: The setting that it is compared with: of all that are not the paper's method the
+        baseline: The setting that it is compared with: of all that are not the paper's own the
             best by mean validation metric at this ratio.
         difference: Test metric minus the baseline's, over shared seeds and test samples, or over
             seeds alone where the metric is no mean over samples; ``None`` for the baseline itself.
@@ -57,7 +57,7 @@ class ResultRow:
     model: str
     task: str
     method: str
-    is_comp: bool
+    is_own: bool
     ratio_asked: float
     ratio_reached: float
     seeds: tuple[int, ...]
@@ -124,7 +124,7 @@ def _with_setting(table: pa.Table, run: Run, spec: StudySpec) -> pa.Table:
     config = PruningConfig.from_dict(run.job.config)
     columns = {
         "setting": setting_of(run.job, spec),
-        "is_comp": config.switches == METHODS["comp"],
+        "is_own": config.switches in (METHODS["comp"], METHODS["cim"]),
         "data": run.job.data or "OpenMoji",
         "commit": run.environment.get("git_commit", ""),
     }
@@ -156,7 +156,7 @@ def read_rows(directory: Path) -> list[ResultRow]:
 
 def _rows_at(settings: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[ResultRow]:
     """Compares the settings of one study at one ratio."""
-    others = [name for name, points in settings.items() if not points[0]["is_comp"]]
+    others = [name for name, points in settings.items() if not points[0]["is_own"]]
 
     def height(name: str) -> float:
         return float(np.mean([point["val"] for point in settings[name]]))
@@ -178,7 +178,7 @@ def _row(
         model=first["model"],
         task=first["task"],
         method=name,
-        is_comp=first["is_comp"],
+        is_own=first["is_own"],
         ratio_asked=first["ratio_asked"],
         ratio_reached=float(np.mean([point["ratio_reached"] for point in points])),
         seeds=tuple(sorted(point["seed"] for point in points)),

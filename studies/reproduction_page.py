@@ -117,7 +117,7 @@ def mode_tables(data: Path) -> dict[str, str]:
     removed: dict[str, Counter[str]] = {}
     for stage in pyarrow.parquet.read_table(data / STAGES).to_pylist():
         run = (stage["study"], stage["run_id"])
-        if not stage["is_comp"]:
+        if stage["method"] != "comp":
             continue
         visits.setdefault(stage["study"], Counter())[stage["mode"]] += 1
         share = (before[run] - stage["macs"]) / dense[run]

@@ -32,7 +32,7 @@ def point(setting: str, seed: int, val: float, right: int, **own: Any) -> dict[s
         "task": "vqa",
         "method": setting,
         "setting": setting,
-        "is_comp": setting == "comp",
+        "is_own": setting == "comp",
         "seed": seed,
         "ratio_asked": 0.8,
         "ratio_reached": 0.799,
@@ -46,7 +46,7 @@ def point(setting: str, seed: int, val: float, right: int, **own: Any) -> dict[s
 
 def stage(run_id: str, mode: str, macs: float) -> dict[str, Any]:
     own = {"run_id": run_id, "mode": mode, "macs": macs}
-    return {"study": "main", "is_comp": run_id.startswith("comp")} | own
+    return {"study": "main", "method": run_id.partition("-")[0]} | own
 
 
 def write(directory: Path, points: Sequence[Any], stages: Sequence[Any] = ()) -> None:
@@ -95,7 +95,7 @@ def test_seeds_that_the_baseline_lacks_are_not_compared(tmp_path: Path) -> None:
     assert found.mean == pytest.approx(2.0)
 
 
-def test_a_metric_that_is_no_mean_is_compared_by_seed(tmp_path: Path) -> None:
+def test_a_metric_that_is_no_mean_is_ownared_by_seed(tmp_path: Path) -> None:
     points = [point("sjp", s, 60, 50, outcomes="") for s in (0, 1)]
     points += [point("comp", s, 60, 51 + 2 * s, outcomes="") for s in (0, 1)]
     write(tmp_path, points)
@@ -141,7 +141,7 @@ def test_runs_are_collected_with_what_their_study_varies(tmp_path: Path) -> None
     run(spec)
     assert collect([StudyFolder.of(spec)], tmp_path / "data") == 4
     found = {row.method: row for row in read_rows(tmp_path / "data") if row.ratio_asked == 0.8}
-    assert {name: row.is_comp for name, row in found.items()} == {
+    assert {name: row.is_own for name, row in found.items()} == {
         "cit=true": True,
         "cit=false": False,
     }
