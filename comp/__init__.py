@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from comp.results import CurvePoint, PruningResult, StageRecord
     from comp.strategy import MultiModeStrategy
     from comp.tasks import build_task
+    from comp.workers import Workers
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ _HOMES = {
     "PruningConfig": "comp.config",
     "PruningResult": "comp.results",
     "StageRecord": "comp.results",
+    "Workers": "comp.workers",
     "attach": "comp.models",
     "build_task": "comp.tasks",
     "compare_latency": "comp.measure",
@@ -38,6 +40,7 @@ __all__ = [
     "PruningConfig",
     "PruningResult",
     "StageRecord",
+    "Workers",
     "attach",
     "build_task",
     "compare_latency",

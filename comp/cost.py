@@ -14,9 +14,9 @@ tokens. ``torch.utils.flop_counter`` counts two per multiply-add, so its total i
 this one on a shrunk model.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -97,6 +97,10 @@ class Meter:
         self._tokens[key] = counts.sum() if old is None else old + counts.sum()
         self._rows[key] = self._rows.get(key, 0) + counts.shape[0]
 
+    def numbers(self) -> "Meter":
+        """Returns a copy that holds numbers instead of tensors, which may go anywhere."""
+        return joined_meters([self])
+
     def measurement(self, groups: Iterable["UnitGroup"], alive: dict[str, int]) -> "Measurement":
         """Divides by the samples seen.
 
@@ -131,6 +135,27 @@ class Meter:
             tokens=tokens,
             stream_macs=streams,
         )
+
+
+def joined_meters(meters: Sequence[Meter]) -> Meter:
+    """Returns one meter of everything that some have counted."""
+    whole = Meter()
+    for meter in meters:
+        for sums, more in (
+            (whole._unit_macs, meter._unit_macs),
+            (whole._shared_macs, meter._shared_macs),
+            (whole._tokens, meter._tokens),
+            (whole._rows, meter._rows),
+        ):
+            _add(sums, more)
+        whole._fixed += meter._fixed
+        whole.num_samples += meter.num_samples
+    return whole
+
+
+def _add(sums: dict[Any, Any], more: Mapping[Any, Any]) -> None:
+    for key, value in more.items():
+        sums[key] = sums.get(key, 0) + int(value)
 
 
 @dataclass(frozen=True)

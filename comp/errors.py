@@ -32,3 +32,7 @@ class NanLoss(RuntimeError):
 
 class CheckpointMismatch(ValueError):
     """Saved files do not belong together or to this model."""
+
+
+class WorkerLost(RuntimeError):
+    """Another process that prunes the same model is gone, so that this one cannot go on."""

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from comp.cost import Measurement
+from comp.cost import Measurement, Meter, joined_meters
 from comp.handle import PruningHandle, handle_of
 from comp.importance import ActivationStatistics
 from comp.results import pack_outcomes
 from comp.tasks.base import Batch, Evaluation, ReportingTask, SplitTask, Task
+from comp.workers import Workers
 
 
 def resolve_device(name: str) -> torch.device:
@@ -99,15 +100,17 @@ def evaluate(
     run = task.score if whole is None else whole.features
     parts: list[tuple[Tensor, ...]] = []
     with evaluating(model), handle.metering() as meter:
-        for batch in task.batches(split, batch_size=batch_size, num_samples=num_samples):
+        batches = task.batches(split, batch_size=batch_size, num_samples=num_samples)
+        for batch in handle.workers.own(batches):
             with autocast(device, enabled=mixed):
                 parts.append(run(model, to_device(batch, device)))
+            meter.num_samples += batch_size_of(batch)
+        parts = _of_all(handle.workers, parts, device)
         if not parts:
             raise ValueError(f"split {split!r} of task {task.name!r} is empty")
         rows = [torch.cat(column) for column in zip(*parts, strict=True)]
         values, losses = rows if whole is None else whole.score_features(*rows)
-        meter.num_samples = values.shape[0]
-        measured = meter.measurement(handle.groups.values(), handle.alive())
+        measured = _measurement(handle, meter)
     metric, loss = float(values.double().mean()), float(losses.double().mean())
     details: dict[str, float] = {}
     if final and isinstance(task, ReportingTask):
@@ -133,12 +136,29 @@ def measure_cost(
     """
     handle = handle_of(model)
     with evaluating(model), handle.metering() as meter:
-        for batch in batches:
+        for batch in handle.workers.own(batches):
             device = next(v.device for v in batch.values() if isinstance(v, Tensor))
             with autocast(device, enabled=mixed):
                 task.score(model, batch)
             meter.num_samples += batch_size_of(batch)
-        return meter.measurement(handle.groups.values(), handle.alive())
+        return _measurement(handle, meter)
+
+
+def _measurement(handle: PruningHandle, meter: Meter) -> Measurement:
+    """What all workers have metered together."""
+    if handle.workers.size > 1:
+        meter = joined_meters(handle.workers.gather(meter.numbers()))
+    return meter.measurement(handle.groups.values(), handle.alive())
+
+
+def _of_all(
+    workers: Workers, parts: list[tuple[Tensor, ...]], device: torch.device
+) -> list[tuple[Tensor, ...]]:
+    """The results of all batches, in their order, where each worker has those of its own."""
+    if workers.size == 1:
+        return parts
+    sent = [tuple(column.cpu() for column in part) for part in parts]
+    return [tuple(column.to(device) for column in part) for part in workers.in_turn(sent)]
 
 
 def collect_statistics(
@@ -153,10 +173,12 @@ def collect_statistics(
         mixed: Run in bfloat16 autocast.
     """
     with evaluating(handle.model), handle.metering() as meter, handle.collecting() as statistics:
-        for batch in batches:
+        for batch in handle.workers.own(batches):
             device = next(v.device for v in batch.values() if isinstance(v, Tensor))
             with autocast(device, enabled=mixed):
                 task.score(handle.model, batch)
-            statistics.num_samples += batch_size_of(batch)
-        meter.num_samples = statistics.num_samples
-        return statistics, meter.measurement(handle.groups.values(), handle.alive())
+            meter.num_samples += batch_size_of(batch)
+        cost = _measurement(handle, meter)
+        statistics.sums = handle.workers.sum_tensors(statistics.sums)
+        statistics.num_samples = cost.num_samples
+        return statistics, cost

@@ -38,23 +38,25 @@ def train_step(
     Args:
         model: An attached model in training mode.
         task: Gives the loss.
-        batches: ``config.accumulate`` batches of ``config.part_size`` samples are taken from it.
+        batches: ``config.accumulate`` batches of ``config.part_size`` samples are taken from it,
+            by each of several workers its share of them.
         optimizer: The optimizer.
         config: Accumulation, gradient clipping, autocast.
 
     Returns:
         The mean loss.
     """
-    device = next(model.parameters()).device
+    device, workers = next(model.parameters()).device, handle_of(model).workers
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
-    for _ in range(config.accumulate):
+    for _ in range(config.accumulate // workers.size):
         with autocast(device, enabled=config.autocast):
             loss = _loss(model, task, to_device(next(batches), device)) / config.accumulate
-        total += float(loss.detach())
+        total += workers.sum(float(loss.detach()))
         if not math.isfinite(total):
             return total
         loss.backward()
+    workers.sum_gradients_(model.parameters())
     nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     optimizer.step()
     slow = handle_of(model).momentum

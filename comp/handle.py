@@ -18,6 +18,7 @@ from comp.madtp import Alignment
 from comp.modes import PARAMETER_MODES, PruningMode, Stream
 from comp.sites import AttentionSite, Block, UnitGroup
 from comp.trace import TokenTrace
+from comp.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from comp.momentum import Momentum
@@ -99,6 +100,7 @@ class PruningHandle:
             turns this off, so that padding is masked from the first step on.
         recompute: Keep only each block's input for the backward pass (gradient checkpointing).
         momentum: The slow copy that a contrastive task trains against, see ``comp.momentum``.
+        workers: The processes that share the samples of every pass, see ``comp.workers``.
         originals: The swapped forwards, for ``restore_forwards``.
     """
 
@@ -121,6 +123,7 @@ class PruningHandle:
     stock_when_idle: bool = True
     recompute: bool = False
     momentum: "Momentum | None" = None
+    workers: Workers = ALONE
     originals: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:

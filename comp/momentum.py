@@ -134,8 +134,16 @@ def momentum_of(model: nn.Module, *, length: int, batch: int, width: int) -> Mom
         length: Samples in its queues at most; rounded down to a multiple of ``batch``.
         batch: Samples of a batch.
         width: Width of the features.
+
+    Raises:
+        ValueError: If several workers train the model: each has only its own features.
     """
     handle: PruningHandle = handle_of(model)
+    if handle.workers.size > 1:
+        raise ValueError(
+            f"{handle.workers.size} workers cannot share one queue of features; train with one, "
+            "or with a task that has no queue"
+        )
     if handle.momentum is None:
         rounded = max(length // batch, 1) * batch
         handle.momentum = Momentum(model, length=rounded, width=width)

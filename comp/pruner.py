@@ -37,6 +37,7 @@ from comp.shrink import migrate_optimizer_, num_parameters, shrink_
 from comp.strategy import FixedStrategy, LookaheadStrategy, MultiModeStrategy
 from comp.tasks.base import Evaluation, PreparingTask, Task
 from comp.upop_search import UpopSearch
+from comp.workers import ALONE, Workers
 from comp.yardstick import Yardstick
 
 _Body = TypeVar("_Body", StageRecord, CurvePoint)
@@ -54,6 +55,8 @@ class Pruner:
             that ``run`` does is to measure it, which reads the test split.
         dense_model: The dense model for latency comparison; ``None`` lets a copy of ``model``
             wait in a temporary file (``comp.parking``).
+        workers: The processes that run this loop together, each with the same arguments, and
+            share the samples. All yield the same records.
 
     Attributes:
         records: Everything ``run`` has yielded.
@@ -61,7 +64,8 @@ class Pruner:
             behind it.
 
     Raises:
-        ValueError: If the config names a mode that the model does not have.
+        ValueError: If the config names a mode that the model does not have, or the workers cannot
+            share a batch.
     """
 
     def __init__(
@@ -73,7 +77,9 @@ class Pruner:
         model_name: str = "",
         dense: CurvePoint | None = None,
         dense_model: nn.Module | None = None,
+        workers: Workers = ALONE,
     ) -> None:
+        config = workers.split(config)
         self.device = resolve_device(config.device)
         self.task = task
         self.config = config
@@ -85,6 +91,7 @@ class Pruner:
             dense_model if dense_model is not None else ParkedModel(model),
             sum(parameter.numel() for parameter in model.parameters()),
             self.model_name,
+            workers,
         )
         self.model = model.to(self.device)
         self.handle: PruningHandle = attach(
@@ -97,6 +104,7 @@ class Pruner:
                 Stream.TEXT: config.min_text_tokens,
             },
         )
+        self.handle.workers = workers
         self.handle.stock_when_idle = False
         self.handle.recompute = config.gradient_checkpointing
         self.handle.static_tokens = None  # thresholds decide again, so that stages can raise them
@@ -108,6 +116,7 @@ class Pruner:
             self.search = UpopSearch(self.handle, groups, config.num_stages)
         if isinstance(task, PreparingTask):
             task.prepare_(model)
+        workers.share_(model)
         self.optimizer = make_optimizer(model, config)
         self.records: list[StageRecord | CurvePoint] = []
         self.finished_model: nn.Module | None = None
@@ -323,11 +332,12 @@ class Pruner:
             batch_size=self.config.part_size,
             seed=self.config.seed,
             start=self._step * self.config.accumulate,
+            shard=self.handle.workers.shard,
         )
         total = 0.0
         self.model.train()
         with torch.random.fork_rng(devices=self._rng_devices()):
-            torch.manual_seed(self.config.seed * 1_000_003 + stage)
+            torch.manual_seed(self._random_seed(stage))
             for step in range(1, steps + 1):
                 loss = train_step(self.model, self.task, batches, self.optimizer, self.config)
                 if not math.isfinite(loss):
@@ -342,6 +352,10 @@ class Pruner:
         self.optimizer.zero_grad(set_to_none=True)
         self._step += steps
         return total / max(steps, 1)
+
+    def _random_seed(self, place: int) -> int:
+        """Seed of dropout at a place of the run; every worker has its own."""
+        return self.config.seed * 1_000_003 + place + self.handle.workers.rank * 2**40
 
     def _rng_devices(self) -> list[int]:
         return [self.device.index or 0] if self.device.type == "cuda" else []
@@ -446,7 +460,7 @@ class Pruner:
         handle = handle_of(model)
         shrink_(handle)
         with torch.random.fork_rng(devices=self._rng_devices()):
-            torch.manual_seed(self.config.seed * 1_000_003 - self._num_passed)
+            torch.manual_seed(self._random_seed(-self._num_passed))
             tuned = fine_tune_(
                 model,
                 self.task,
@@ -454,7 +468,9 @@ class Pruner:
                 target_macs=self._target_macs(ratio),
                 dense_macs=self._dense_macs,
                 batches=self.task.train_batches(
-                    batch_size=self.config.part_size, seed=self.config.seed + 1
+                    batch_size=self.config.part_size,
+                    seed=self.config.seed + 1,
+                    shard=handle.workers.shard,
                 ),
             )
         handle.momentum = None
@@ -502,7 +518,12 @@ def evaluate_dense(
 
 
 def prune(
-    model: nn.Module, task: Task, config: PruningConfig, *, model_name: str = ""
+    model: nn.Module,
+    task: Task,
+    config: PruningConfig,
+    *,
+    model_name: str = "",
+    workers: Workers = ALONE,
 ) -> PruningResult:
     """Prunes a model to every asked ratio in one go.
 
@@ -511,6 +532,8 @@ def prune(
         task: Batches, loss and metric, for example from ``comp.build_task``.
         config: What to do.
         model_name: Written into the points.
+        workers: The processes that do this together (``Workers.here()`` under ``torchrun``); all
+            of them get the same result.
 
     Returns:
         The most pruned model and the records. ``result.model.save_pretrained(directory)``
@@ -521,7 +544,7 @@ def prune(
         BudgetUnreachable: If the kept minima forbid a ratio.
         NanLoss: If the loss stops being finite.
     """
-    pruner = Pruner(model, task, config, model_name=model_name)
+    pruner = Pruner(model, task, config, model_name=model_name, workers=workers)
     for _ in pruner.run():
         pass
     return PruningResult(pruner.finished_model, pruner.stages, pruner.points)

@@ -76,7 +76,7 @@ def mask_gradients(
         Group name to gradients ``(units,)``, float32; groups the loss does not depend on are
         left out.
     """
-    before, was_training = handle.masks, handle.model.training
+    before, was_training, workers = handle.masks, handle.model.training, handle.workers
     device = next(handle.model.parameters()).device
     handle.masks = {
         name: before.get(name, torch.ones(group.num_units, device=device))
@@ -90,7 +90,7 @@ def mask_gradients(
     num_samples = 0
     handle.model.eval()
     try:
-        for batch in batches:
+        for batch in workers.own(batches):
             size = batch_size_of(batch)
             for name, gradient in _one_batch(handle, task, batch, device).items():
                 sums[name] = sums.get(name, torch.zeros_like(gradient)) + size * gradient
@@ -98,6 +98,8 @@ def mask_gradients(
     finally:
         handle.masks = before
         handle.model.train(was_training)
+    num_samples = sum(workers.gather(num_samples))
+    sums = workers.sum_tensors(sums)
     return {name: total / num_samples for name, total in sums.items()}
 
 

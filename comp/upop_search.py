@@ -155,11 +155,16 @@ class UpopSearch:
 
     def gather_(self, steps: int) -> None:
         """Adds the gradients of so many steps to the sums and makes masks plain numbers again."""
+        masks = self._handle.masks
+        own = {g.name: masks[g.name].grad for g in self._groups}
+        sums = self._handle.workers.sum_tensors(
+            {name: gradient.float() for name, gradient in own.items() if gradient is not None}
+        )
         for group in self._groups:
-            mask = self._handle.masks[group.name]
-            if mask.grad is not None:
+            mask = masks[group.name]
+            if group.name in sums:
                 penalty = steps * self._penalties[group.kind] * mask.detach().sign()
-                gathered = mask.grad.float() + penalty
+                gathered = sums[group.name] + penalty
                 self.sums[group.name] = self.sums.get(group.name, 0.0) + gathered
             self._handle.masks[group.name] = mask.detach()
 

@@ -15,6 +15,7 @@ from comp.parking import ParkedModel
 from comp.results import CurvePoint
 from comp.shrink import num_parameters
 from comp.tasks.base import Evaluation, ReportingTask, Task
+from comp.workers import ALONE, Workers
 
 
 class Yardstick:
@@ -27,6 +28,7 @@ class Yardstick:
         dense_model: The dense model, to compare latencies with, or where it waits.
         dense_params: Its parameters.
         model_name: Written into the points.
+        workers: Take the first one's latency.
     """
 
     def __init__(
@@ -37,10 +39,11 @@ class Yardstick:
         dense_model: nn.Module | ParkedModel,
         dense_params: int,
         model_name: str,
+        workers: Workers = ALONE,
     ) -> None:
         self._task, self._config, self._device = task, config, device
         self._dense_model, self._dense_params = dense_model, dense_params
-        self._model_name = model_name
+        self._model_name, self._workers = model_name, workers
 
     def evaluate(
         self, model: nn.Module, split: str, *, final: bool = False
@@ -78,7 +81,7 @@ class Yardstick:
         batch = to_device(next(iter(batches)), self._device)
         dense = self._dense_here()
         report = compare_latency(dense, model or dense, self._task, batch, repeats=7)
-        return report.dense_ms, report.pruned_ms
+        return self._workers.first((report.dense_ms, report.pruned_ms))
 
     def _dense_here(self) -> nn.Module:
         """The dense model on this device, for as long as the caller holds it."""

@@ -1,0 +1,103 @@
+"""What two workers do together in the tests; run as a program, this file is the second of them."""
+
+import sys
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from comp.config import PruningConfig
+from comp.models import attach
+from comp.pruner import Pruner
+from comp.results import CurvePoint, StageRecord
+from comp.upop import gradient_scores
+from comp.workers import Workers
+from tests.tiny import FAMILIES, TinyTask
+
+CONFIG = PruningConfig(
+    ratios=(0.2,),
+    stage_quantum=0.08,
+    steps_per_stage=2,
+    fine_tune_steps=2,
+    fine_tune_checks=1,
+    learning_rate=1e-3,
+    batch_size=4,
+    accumulate=2,
+    min_channels=4,
+    eval_samples=7,
+    eval_batch_size=3,
+    calibration_samples=5,
+    probe_samples=2,
+    test_samples=4,
+    device="cpu",
+)
+Records = list[StageRecord | CurvePoint]
+
+
+def pruner(workers: Workers, family: str = "llava", **options: Any) -> Pruner:
+    config = PruningConfig.from_dict(CONFIG.to_dict() | options)
+    model = FAMILIES[family].build(workers.rank)  # the second one's weights are others at first
+    return Pruner(model, TinyTask(FAMILIES[family], 9), config, workers=workers)
+
+
+def prune(workers: Workers) -> Records:
+    """Records of a run; several workers end it after a stage and take it up again."""
+    first = pruner(workers)
+    if workers.size == 1:
+        return list(first.run())
+    for _ in zip(range(2), first.run(), strict=False):
+        pass
+    with tempfile.TemporaryDirectory() as directory:
+        place = workers.first(directory)
+        if workers.is_first:
+            first.save(place)
+        workers.first(None)
+        second = pruner(workers)
+        second.restore(place)
+        workers.gather(None)
+    return [*second.records, *second.run()]
+
+
+def search(workers: Workers) -> Records:
+    """Records of UPop's search, which adds up gradients of masks."""
+    options = {"method": "upop_sine", "num_stages": 2, "fine_tune_steps": 0}
+    return list(pruner(workers, "clip", **options).run())
+
+
+def gradients(workers: Workers) -> dict[str, torch.Tensor]:
+    """Gradients of masks over more batches than the workers can share evenly."""
+    family = FAMILIES["llava"]
+    handle = attach(family.build(0))
+    handle.workers = workers
+    return gradient_scores(
+        handle, TinyTask(family, 5), TinyTask(family, 5).batches("train", batch_size=2)
+    )
+
+
+RUNS: dict[str, Callable[[Workers], Any]] = {
+    run.__name__: run for run in (prune, search, gradients)
+}
+
+
+def together(rank: int, meeting: Path) -> dict[str, Any]:
+    """Does all of them as one of two processes that meet at a file."""
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=120),
+    )
+    try:
+        return {name: run(Workers.here()) for name, run in RUNS.items()}
+    finally:
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    together(1, Path(sys.argv[1]))
