@@ -8,9 +8,10 @@ directory is ever executed.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,8 +21,12 @@ from comp.handle import TEMPERATURE, PruningHandle, handle_of
 from comp.modes import Stream
 from comp.shrink import apply_plan_
 
+if TYPE_CHECKING:
+    from comp.models.dense import Dtype
+
 WEIGHTS = "model.safetensors"
 PLAN = "pruning.json"
+_WIDEST = (("F32", torch.float32), ("BF16", torch.bfloat16), ("F16", torch.float16))
 
 
 def save_pruned(
@@ -79,13 +84,17 @@ def _unique_tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, to
     return tensors
 
 
-def load_pruned(directory: str | Path, *, shared: bool = False) -> nn.Module:
+def load_pruned(
+    directory: str | Path, *, shared: bool = False, dtype: "Dtype" = torch.float32
+) -> nn.Module:
     """Rebuilds a saved model, dense or pruned, in eval mode on the CPU.
 
     Args:
         directory: What ``save_pruned`` or ``save_pretrained`` wrote.
         shared: Use the pages of the mapped file where it holds the weights as they are, of which
             a machine keeps one copy for all processes. Who changes them gets pages of their own.
+        dtype: Of the weights; ``"auto"`` is what they are stored in. Only float32 is for training:
+            updates that are small beside a weight are lost in 16 bits.
 
     Returns:
         The model, attached if it is pruned.
@@ -114,7 +123,7 @@ def load_pruned(directory: str | Path, *, shared: bool = False) -> nn.Module:
         )
     model_class = classes[names[0]]
     if not plan_path.is_file():
-        dense = load_dense(model_class, directory).eval()
+        dense = load_dense(model_class, directory, dtype).eval()
         return _share_(dense, directory) if shared else dense
     model: nn.Module = model_class(model_class.config_class.from_pretrained(directory))
     plan = json.loads(plan_path.read_text())
@@ -141,6 +150,7 @@ def load_pruned(directory: str | Path, *, shared: bool = False) -> nn.Module:
     handle.thresholds = {Stream(k): v for k, v in plan["thresholds"].items()}
     handle.static_tokens = _fitting_counts(handle, plan.get("static_tokens"), plan_path)
     _load_strictly(model, directory / WEIGHTS)
+    _cast_(model, _stored_in(directory / WEIGHTS) if dtype == "auto" else dtype)
     return _share_(model.eval(), directory) if shared else model.eval()
 
 
@@ -174,6 +184,20 @@ def _load_strictly(model: nn.Module, path: Path) -> None:
             f"other shape {wrong[:5]}"
         )
     model.load_state_dict(state, strict=False)
+
+
+def _stored_in(path: Path) -> torch.dtype:
+    """The widest floating type of the tensors in a file."""
+    with safe_open(path, framework="pt") as file:
+        types = [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118
+    return next((kind for name, kind in _WIDEST if name in types), torch.float32)
+
+
+def _cast_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts the weights; buffers, as the frequencies of rotary positions, stay as they are."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _share_(model: nn.Module, directory: Path) -> nn.Module:

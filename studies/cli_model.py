@@ -23,6 +23,15 @@ ratio_option = click.option(
 )
 
 
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
+    default="float32",
+    show_default=True,
+    help="Of the weights; auto is what they are stored in.",
+)
+
+
 @click.command(
     epilog=example(
         "comp evaluate blip-tiny-vqa --split test",
@@ -42,6 +51,7 @@ ratio_option = click.option(
 @ratio_option
 @task_option
 @data_option
+@dtype_option
 @device_option
 @trust_option
 @common
@@ -54,6 +64,7 @@ def evaluate(
     ratio: float | None,
     task: str | None,
     data: Path | None,
+    dtype: str,
     device: str,
     trust_remote_code: bool,
     as_json: bool,
@@ -64,7 +75,7 @@ def evaluate(
     from comp.models import attach
 
     with mistakes():
-        loaded, built = _load(model, ratio, task, data, trust_remote_code)
+        loaded, built = _load(model, ratio, task, data, trust_remote_code, dtype)
         target = resolve_device(device)
         if not hasattr(loaded.model, "pruning"):
             attach(loaded.model)
@@ -154,6 +165,7 @@ def _write_submission(
 @ratio_option
 @task_option
 @data_option
+@dtype_option
 @device_option
 @trust_option
 @common
@@ -167,6 +179,7 @@ def measure(
     ratio: float | None,
     task: str | None,
     data: Path | None,
+    dtype: str,
     device: str,
     trust_remote_code: bool,
     as_json: bool,
@@ -186,11 +199,12 @@ def measure(
     if threads:
         torch.set_num_threads(threads)
     with mistakes():
-        loaded, built = _load(model, ratio, task, data, trust_remote_code)
+        loaded, built = _load(model, ratio, task, data, trust_remote_code, dtype)
         reference = dense or loaded.card.get("dense", {}).get("source")
         if not reference:
             raise ValueError(f"{model} does not say what it was pruned from; name it with --dense")
-        original = load_model(reference, trust_remote_code=trust_remote_code)
+        kind = dtype_of(dtype)
+        original = load_model(reference, trust_remote_code=trust_remote_code, dtype=kind)
         target = resolve_device(device)
     batch = to_device(next(iter(built.batches("val", batch_size=batch_size))), target)
     found = compare_latency(
@@ -304,7 +318,12 @@ def diagnose(
 
 
 def _load(
-    model: str, ratio: float | None, task: str | None, data: Path | None, trust_remote_code: bool
+    model: str,
+    ratio: float | None,
+    task: str | None,
+    data: Path | None,
+    trust_remote_code: bool,
+    dtype: str = "float32",
 ) -> "tuple[LoadedModel, Task]":
     """Loads a model and the task it is for.
 
@@ -316,7 +335,7 @@ def _load(
 
     with at_hand(model) as place:
         directory = find_model(place, ratio)
-        loaded = load_model(directory, trust_remote_code=trust_remote_code)
+        loaded = load_model(directory, trust_remote_code=trust_remote_code, dtype=dtype_of(dtype))
     name = task or loaded.task
     if not name:
         raise ValueError(f"{model} does not say its task; name it with --task")
@@ -328,6 +347,13 @@ def _load(
         data=data,
     )
     return loaded, built
+
+
+def dtype_of(name: str) -> Any:
+    """Returns torch's type of a name; ``"auto"`` stays."""
+    import torch
+
+    return name if name == "auto" else getattr(torch, name)
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ class CompLlava(lmms):  # type: ignore[misc]
             raise ValueError(f"batch_size must be 1 for comp_llava, but got {batch_size}")
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, but got {dtype!r}")
-        loaded = load_model(pretrained)
+        loaded = load_model(pretrained, dtype=getattr(torch, dtype))
         if loaded.family != "llava":
             raise ValueError(f"{pretrained} is a {loaded.family} model; comp_llava needs a LLaVA")
         if loaded.tokenizer is None:
@@ -58,7 +58,7 @@ class CompLlava(lmms):  # type: ignore[misc]
         self._dtype = getattr(torch, dtype)
         if not hasattr(loaded.model, "pruning"):
             attach(loaded.model)
-        self._model: Any = loaded.model.to(self._device, self._dtype).eval()
+        self._model: Any = loaded.model.to(self._device).eval()
         self._tokenizer = loaded.tokenizer
         self._dialogue = dialogue_of(loaded.tokenizer)
         self._transform = loaded.transform

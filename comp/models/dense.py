@@ -4,7 +4,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -12,6 +12,8 @@ from torch import nn
 from transformers.utils import logging
 
 from comp.errors import CheckpointMismatch
+
+Dtype = torch.dtype | Literal["auto"]
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -22,12 +24,13 @@ WEIGHT_FILES = (
 """What a directory's weights may be called, the best first."""
 
 
-def load_dense(model_class: Any, directory: Path) -> nn.Module:
-    """Builds a stock model of a directory, in float32 and strictly.
+def load_dense(model_class: Any, directory: Path, dtype: Dtype = torch.float32) -> nn.Module:
+    """Builds a stock model of a directory, strictly.
 
     Args:
         model_class: A class of ``transformers``, or one that is built on it.
         directory: Holds ``config.json`` and weights. Pickles are read with ``weights_only``.
+        dtype: Of the weights; ``"auto"`` is what they are stored in.
 
     Raises:
         CheckpointMismatch: If weights are missing, unexpected, of another shape or broken.
@@ -37,7 +40,7 @@ def load_dense(model_class: Any, directory: Path) -> nn.Module:
             model, found = model_class.from_pretrained(
                 directory,
                 output_loading_info=True,
-                dtype=torch.float32,
+                dtype=dtype,
                 local_files_only=True,
                 weights_only=True,
                 ignore_mismatched_sizes=True,

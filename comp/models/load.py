@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from comp.config import Method, nearest
@@ -14,6 +15,7 @@ from comp.models.base import Adapter, LoadedModel, attach_with
 from comp.models.bert_tokenizer import with_blip_tokens
 from comp.models.blip import BlipAdapter
 from comp.models.clip import ClipAdapter
+from comp.models.dense import Dtype
 from comp.models.hub import find_repository, is_repository
 from comp.models.llava import LlavaAdapter
 from comp.models.presets import MODEL_PRESETS, preset_directory
@@ -80,7 +82,11 @@ def attach(
 
 
 def load_model(
-    source: str | Path, *, shared: bool = False, trust_remote_code: bool = False
+    source: str | Path,
+    *,
+    shared: bool = False,
+    trust_remote_code: bool = False,
+    dtype: Dtype = torch.float32,
 ) -> LoadedModel:
     """Loads a model with its tokenizer and the way its images are made.
 
@@ -90,6 +96,7 @@ def load_model(
         shared: Share the weights with other processes, see ``load_pruned``.
         trust_remote_code: Run the tokenizer's code out of the model's own directory, if it brings
             some. A model's own code is never run: only known classes can be pruned.
+        dtype: Of the weights, see ``load_pruned``.
 
     Raises:
         ValueError: If the source is none of these.
@@ -99,7 +106,7 @@ def load_model(
     directory = find_directory(str(source))
     from comp.checkpoint import load_pruned
 
-    model: Any = load_pruned(directory, shared=shared)
+    model: Any = load_pruned(directory, shared=shared, dtype=dtype)
     card = _read_json(directory / "card.json")
     adapter = adapter_of(model)
     tokenizer = None

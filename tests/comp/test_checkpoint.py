@@ -137,6 +137,30 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     assert decoder.cls.predictions.decoder.weight is words
 
 
+@pytest.mark.parametrize("name", ["llava", "blip-vqa"])
+def test_a_model_loads_in_the_type_it_is_stored_in(tmp_path: Path, name: str) -> None:
+    model = pruned(FAMILIES[name])
+    save_pruned(model, tmp_path, dtype=torch.bfloat16)
+    loaded, batch = load_pruned(tmp_path, dtype="auto"), FAMILIES[name].batch(2, 0)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    exact = FAMILIES[name].outputs(load_pruned(tmp_path), batch)
+    assert (FAMILIES[name].outputs(loaded, batch).float() - exact).abs().mean() < 0.05
+
+
+def test_weights_in_16_bits_leave_rotary_frequencies_whole(tmp_path: Path) -> None:
+    save_pruned(pruned(FAMILIES["llava"]), tmp_path)
+    loaded = load_pruned(tmp_path, dtype=torch.bfloat16)
+    frequencies = loaded.model.language_model.rotary_emb.inv_freq
+    exact = load_pruned(tmp_path).model.language_model.rotary_emb.inv_freq
+    assert torch.equal(frequencies, exact)
+
+
+def test_a_dense_directory_loads_in_the_type_it_is_stored_in(tmp_path: Path) -> None:
+    FAMILIES["clip"].build(0).to(torch.float16).save_pretrained(tmp_path)
+    assert {p.dtype for p in load_pruned(tmp_path, dtype="auto").parameters()} == {torch.float16}
+    assert {p.dtype for p in load_pruned(tmp_path).parameters()} == {torch.float32}
+
+
 def test_half_precision_halves_the_file_and_loads_as_float32(tmp_path: Path) -> None:
     family, batch = FAMILIES["blip-nlvr"], FAMILIES["blip-nlvr"].batch(2, 0)
     model = family.build(0)

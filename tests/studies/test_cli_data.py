@@ -293,6 +293,28 @@ def test_broken_images_are_counted_and_listed(tmp_path: Path) -> None:
     assert "train.json, row 3 (train-2-0-1): image train-2-0-img1.png: 60 bytes" in result.stdout
 
 
+def test_a_directory_of_the_hub_is_measured_against_a_dense_one_in_its_own_type(
+    tmp_path: Path,
+) -> None:
+    save_hub_model("clip-vit-tiny", tmp_path)
+    words = [
+        "measure",
+        str(tmp_path),
+        "--batch-size",
+        "2",
+        "--repeats",
+        "2",
+        "--dtype",
+        "bfloat16",
+    ]
+    alone = invoke(*words)
+    assert alone.exit_code == 2
+    assert "does not say what it was pruned from; name it with --dense" in alone.stderr
+    beside = invoke(*words, "--dense", str(tmp_path), "--json")
+    assert beside.exit_code == 0, beside.output
+    assert json_of(beside)["dense_ms"] > 0
+
+
 def test_a_model_of_another_architecture_is_one_sentence(tmp_path: Path) -> None:
     save_hub_model("clip-vit-tiny", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
