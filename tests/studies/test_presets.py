@@ -11,7 +11,7 @@ from comp.tasks.names import TASKS
 from studies.errors import SpecError
 from studies.presets import preset_names, preset_path, preset_summary
 from studies.spec import StudySpec
-from studies.specfile import check_places, read_spec
+from studies.specfile import check_places, read_spec, read_specs
 from studies.yaml_text import read_yaml
 
 NAMES = preset_names()
@@ -23,10 +23,12 @@ def yaml_values(name: str) -> dict[str, Any]:
     return values
 
 
-SHIPPED = [name for name in NAMES if yaml_values(name)["model"] in MODEL_PRESETS]
+MANY = [name for name in NAMES if "matrix" in yaml_values(name)]  # a study a model
+SINGLE = [name for name in NAMES if name not in MANY]
+SHIPPED = [name for name in SINGLE if yaml_values(name)["model"] in MODEL_PRESETS]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SINGLE)
 def test_a_preset_is_valid_and_named_like_its_file(name: str, tmp_path: Path) -> None:
     spec = read_spec(name, [] if name in SHIPPED else [f"model={tmp_path}"])
     check_places(spec)
@@ -34,7 +36,18 @@ def test_a_preset_is_valid_and_named_like_its_file(name: str, tmp_path: Path) ->
     assert spec.task in TASKS
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - {*SHIPPED}))
+@pytest.mark.parametrize("name", MANY)
+def test_a_preset_of_many_models_is_a_valid_study_for_each(name: str) -> None:
+    specs = read_specs(name)
+    assert [spec.name for spec in specs] == [
+        f"{name}-{cell}" for cell in yaml_values(name)["matrix"]["cells"]
+    ]
+    assert len({(spec.model, spec.task) for spec in specs}) == 6
+    with pytest.raises(SpecError, match=r"models/blip-nlvr2|data/nlvr2"):
+        check_places(specs[0])
+
+
+@pytest.mark.parametrize("name", sorted({*SINGLE} - {*SHIPPED}))
 def test_a_preset_without_a_model_that_ships_says_what_to_set(name: str) -> None:
     with pytest.raises(SpecError, match="model must be a directory"):
         check_places(read_spec(name))
@@ -78,7 +91,7 @@ def test_the_header_has_a_summary_a_command_and_a_time(name: str) -> None:
     header = re.match(r"(#.*\n)+", preset_path(name).read_text(encoding="utf-8"))
     assert header is not None
     assert 20 < len(preset_summary(name)) < 97
-    kind = "study run" if isinstance(read_spec(name), StudySpec) else "prune"
+    kind = "study run" if isinstance(read_specs(name)[0], StudySpec) else "prune"
     assert f"comp {kind} {name}" in header[0]
     assert re.search(r"minute|second|hour|day", header[0], re.IGNORECASE)
 
