@@ -17,6 +17,7 @@ from transformers.modeling_outputs import (
 
 from comp import cost
 from comp.blocks import run_blocks
+from comp.errors import UnsupportedModelError
 from comp.handle import PruningHandle, Structure, stock_forward, swap_forward
 from comp.models.base import counted_linear
 from comp.models.blip_nlvr import BlipForNLVR, TwinCrossAttention
@@ -124,7 +125,16 @@ def _vision_blocks(model: Any) -> list[Block]:
 def _text_blocks(
     encoder: Any, name: str, path: str, context_streams: frozenset[Stream]
 ) -> list[Block]:
-    """Blocks of a text encoder, or of a decoder, which drops no tokens."""
+    """Blocks of a text encoder, or of a decoder, which drops no tokens.
+
+    Raises:
+        UnsupportedModelError: If the layers have no cross-attention.
+    """
+    if not hasattr(encoder.layer[0], "crossattention"):
+        raise UnsupportedModelError(
+            f"the {name} layers of this BLIP have no cross-attention, because is_decoder is False "
+            "in the text config; set it to True"
+        )
     drops = name == "text"
     own = TEXT if drops else frozenset()
     return [

@@ -1,12 +1,15 @@
 """BLIP: the NLVR2 class, padded questions and images, and generation from pruned models."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import BlipForQuestionAnswering
 
+from comp.errors import UnsupportedModelError
 from comp.handle import PruningHandle
 from comp.models import attach
 from comp.models.blip_nlvr import BlipForNLVR, TwinCrossAttention
@@ -274,3 +277,10 @@ def test_no_attention_or_feed_forward_is_forgotten(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_has_the_modes_that_the_paper_gives_it(name: str) -> None:
     assert tuple(attach(FAMILIES[name].build(0)).structure.modes()) == FAMILIES[name].modes
+
+
+def test_a_text_model_without_cross_attention_is_refused() -> None:
+    config = copy.deepcopy(FAMILIES["blip-vqa"].build(0).config)
+    config.text_config.is_decoder = False  # type: ignore[union-attr]
+    with pytest.raises(UnsupportedModelError, match=r"no cross-attention.*set it to True"):
+        attach(BlipForQuestionAnswering(config))

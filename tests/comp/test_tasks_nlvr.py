@@ -71,6 +71,11 @@ def test_training_batches_from_a_step_equal_skipping_to_it(task: NlvrTask) -> No
     assert all(same(a, b) for a, b in zip(skipped, late, strict=False))
 
 
+def test_evaluation_shows_the_same_pairs_in_the_same_order_every_time(task: NlvrTask) -> None:
+    first, second = (next(task.batches("val", batch_size=4)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_an_unknown_split_is_named(task: NlvrTask) -> None:
     with pytest.raises(ValueError, match="one of train, val, but got 'dev'"):
         next(task.batches("dev", batch_size=8))
