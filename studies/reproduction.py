@@ -20,10 +20,10 @@ from orchestration.job import Job
 from orchestration.store import Run
 from orchestration.store_tables import tables_of
 from studies.curves import Spread, spread
-from studies.domains import FixedDomain
 from studies.folder import StudyFolder
 from studies.paired import Difference, paired_difference, sampled_difference
 from studies.sources import find_runs
+from studies.space import starting_point, values_of
 from studies.spec import StudySpec
 
 POINTS = "points.parquet"
@@ -134,12 +134,16 @@ def _with_setting(table: pa.Table, run: Run, spec: StudySpec) -> pa.Table:
 
 
 def setting_of(job: Job, spec: StudySpec) -> str:
-    """Returns what tells a run from the others of its study, such as ``cip=true cit=false``."""
-    keys = [key for key, domain in spec.space.items() if not isinstance(domain, FixedDomain)]
-    if keys == ["method"]:
-        return job.method
-    values = {key: job.config.get(key) for key in keys}
-    return " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+    """Returns what tells a run from the others of its study, such as ``cim cip=false``.
+
+    It is the method and whatever else is not as in trial 0.
+    """
+    start = values_of(spec.space, starting_point(spec.pruning, spec.space))
+    others = {key: job.config.get(key) for key in start if key != "method"}
+    changed = [
+        f"{key}={json.dumps(value)}" for key, value in others.items() if value != start[key]
+    ]
+    return " ".join([job.method, *changed])
 
 
 def read_rows(directory: Path) -> list[ResultRow]:

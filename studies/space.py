@@ -154,7 +154,8 @@ def base_value(base: PruningConfig, key: str) -> Any:
             return base.learning_rate
         case "max_stages" if base.max_stages is None:
             return 3 * base.num_stages
-    return getattr(base, key)
+    value = getattr(base, key)
+    return getattr(base.switches, key, None) if value is None else value  # the method's own
 
 
 def _nearest_label(domain: Domain, value: Any) -> Any:

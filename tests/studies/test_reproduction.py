@@ -142,10 +142,10 @@ def test_runs_are_collected_with_what_their_study_varies(tmp_path: Path) -> None
     assert collect([StudyFolder.of(spec)], tmp_path / "data") == 4
     found = {row.method: row for row in read_rows(tmp_path / "data") if row.ratio_asked == 0.8}
     assert {name: row.is_own for name, row in found.items()} == {
-        "cit=true": True,
-        "cit=false": False,
+        "comp": True,
+        "comp cit=false": False,
     }
-    assert found["cit=false"].seeds == (0, 1)
+    assert found["comp cit=false"].seeds == (0, 1)
 
 
 def test_the_commands_collect_and_write(tmp_path: Path) -> None:

@@ -256,6 +256,13 @@ def test_a_grid_begins_with_the_defaults_is_tried_once_and_then_ends(tmp_path: P
     assert sorted(tried) == [(n, e) for n in (4, 6, 8) for e in (0.0, 0.25, 0.5)]
 
 
+def test_a_searched_switch_starts_as_the_method_has_it(tmp_path: Path) -> None:
+    space = "space={cip: {kind: categorical, choices: [false, true]}}"
+    trial = Study(frozen(tmp_path, space)).ask()
+    assert trial is not None
+    assert trial.config.cip is True  # which "comp" is, first choice or not
+
+
 def test_a_conditional_key_is_searched_only_where_its_condition_holds(tmp_path: Path) -> None:
     space = "space={schedule: {kind: categorical, choices: [mps, joint]}, " + (
         "exploration: {kind: float, low: 0.3, high: 0.5, when: {schedule: mps}}}"
