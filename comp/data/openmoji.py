@@ -15,6 +15,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -195,7 +196,7 @@ def cached_file(size: int) -> Path:
 def openmoji_path(size: int = 64) -> Path:
     """Returns the data set's Parquet file and builds it if it is not there or is broken.
 
-    Two processes may do so at once: both render, and one whole file remains.
+    Of two processes that want it at once the second waits for the first.
 
     Args:
         size: Height and width of the renderings in pixels, 16 to 512.
@@ -208,16 +209,36 @@ def openmoji_path(size: int = 64) -> Path:
         raise ValueError(f"size must be in [16, 512] pixels, but got {size}")
     path = cached_file(size)
     if not _is_whole(path):
-        _log.warning("rendering OpenMoji at %d px into %s (once, some seconds)", size, path)
         try:
-            count = build_openmoji(path, size=size)
+            with _alone_in(path.parent):
+                if not path.exists() or not _is_whole(path):
+                    _build_and_say(path, size)
         except OSError as error:
             raise OSError(
                 f"the OpenMoji cache cannot be written in {path.parent} ({error.strerror}); "
                 "set COMP_CACHE to a folder with 20 MB of room"
             ) from error
-        _log.warning("OpenMoji is ready: %d drawings", count)
     return path
+
+
+def _build_and_say(path: Path, size: int) -> None:
+    _log.warning("rendering OpenMoji at %d px into %s (once, some seconds)", size, path)
+    count = build_openmoji(path, size=size)
+    _log.warning("OpenMoji is ready: %d drawings", count)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Lets one process at a time inside, where the system can lock a folder; others wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError):
+            from fcntl import LOCK_EX, flock
+
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            flock(descriptor, LOCK_EX)
+        yield
 
 
 def _is_whole(path: Path) -> bool:
@@ -480,7 +501,8 @@ def _skin_tone(id_: str, group: str, colours: _Colours) -> str:
         return ""
     tone = tones.pop() if tones else "yellow"
     # Some drawings hide the skin: a label has to be visible to be asked for.
-    return tone if _share(colours, _TONE_COLOURS[tone]) > 0.005 else ""
+    (share,) = _shares(colours, _rgb([_TONE_COLOURS[tone]]))
+    return tone if share > 0.005 else ""
 
 
 def _gender(base: str) -> str:
@@ -524,20 +546,24 @@ def _colours(image: Image.Image) -> _Colours:
     return colours, np.array([count for count, _ in found], dtype=np.int64)
 
 
-def _share(colours: _Colours, wanted: str) -> float:
-    """Returns the share of pixels of a colour; smoothed edges may miss it by a little."""
-    target = np.array([int(wanted[i : i + 2], 16) for i in (1, 3, 5)], dtype=np.int16)
+def _rgb(colours: Iterable[str]) -> NDArray[np.int16]:
+    """Returns colours written as ``#D0CFCE`` as numbers, ``(P, 3)``."""
+    return np.array([list(bytes.fromhex(colour[1:])) for colour in colours], dtype=np.int16)
+
+
+def _shares(colours: _Colours, wanted: NDArray[np.int16]) -> list[float]:
+    """Returns the share of pixels of each colour; smoothed edges may miss it by a little."""
     values, counts = colours
-    is_near = np.abs(values - target).max(axis=1) <= 8
-    return float(counts[is_near].sum() / counts.sum())
+    is_near = np.abs(values[:, None] - wanted).max(axis=2) <= 8  # (C, P)
+    return [float(share) for share in counts @ is_near / counts.sum()]
 
 
 def _palette_shares(image: Image.Image) -> dict[str, float]:
     """Returns the share of pixels of each named colour, the largest first."""
-    colours = _colours(image)
     shares: dict[str, float] = defaultdict(float)
-    for wanted, name in _PALETTE.items():
-        shares[name] += _share(colours, wanted)
+    found = _shares(_colours(image), _rgb(_PALETTE))
+    for name, share in zip(_PALETTE.values(), found, strict=True):
+        shares[name] += share
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 

@@ -1,3 +1,4 @@
+import os
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -8,7 +9,14 @@ import pytest
 import torch
 
 from comp.data.layout import Row, read_metadata, read_rows, write_rows
-from comp.data.openmoji import Drawing, OpenMoji, cached_file, load_openmoji, openmoji_path
+from comp.data.openmoji import (
+    Drawing,
+    OpenMoji,
+    build_openmoji,
+    cached_file,
+    load_openmoji,
+    openmoji_path,
+)
 
 
 def named(openmoji: OpenMoji, name: str) -> Drawing:
@@ -122,17 +130,26 @@ def test_a_cache_that_cannot_be_written_says_what_to_set(
         openmoji_path()
 
 
-def test_two_processes_build_the_cache_at_once_over_a_broken_file(
+def test_of_two_processes_that_find_a_broken_cache_one_builds_it(
     openmoji_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = pq.read_table(openmoji_file)
-    monkeypatch.setenv("COMP_CACHE", str(tmp_path))
+    before, builders = pq.read_table(openmoji_file), tmp_path / "builders"
+
+    def noted(path: Path, *, size: int) -> int:
+        with builders.open("a") as stream:
+            stream.write(f"{os.getpid()}\n")
+        return build_openmoji(path, size=size)
+
+    monkeypatch.setattr("comp.data.openmoji.build_openmoji", noted)
+    monkeypatch.setenv("COMP_CACHE", str(tmp_path / "cache"))
     path = cached_file(64)
+    path.parent.mkdir()
     path.write_bytes(b"half a fi")
     with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
         counts = list(pool.map(load_count, range(2)))
     assert counts[0] == counts[1] > 3500
-    assert list(tmp_path.iterdir()) == [path]
+    assert len(builders.read_text().split()) == 1
+    assert list(path.parent.iterdir()) == [path]
     assert pq.read_table(path).equals(before), "the code builds another file: raise _BUILD"
 
 
