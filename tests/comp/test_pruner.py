@@ -60,10 +60,17 @@ def dense_point(name: str) -> CurvePoint:
     return evaluate_dense(FAMILIES[name].build(0), TinyTask(FAMILIES[name]), CONFIG)
 
 
+@functools.cache
+def dense_model(name: str) -> nn.Module:
+    """The dense model to compare latencies with, which no run changes."""
+    return FAMILIES[name].build(0)
+
+
 def pruner_of(family: TinyFamily = NLVR, task: TinyTask | None = None, **values: Any) -> Pruner:
     task = task or TinyTask(family)
     config = configured(**values)
-    return Pruner(family.build(0), task, config, dense=dense_point(family.name))
+    dense, waiting = dense_point(family.name), dense_model(family.name)
+    return Pruner(family.build(0), task, config, dense=dense, dense_model=waiting)
 
 
 def comparable(record: StageRecord | CurvePoint) -> dict[str, Any]:

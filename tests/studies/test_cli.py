@@ -338,6 +338,7 @@ def test_a_real_study_runs_from_the_command_line(tmp_path: Path) -> None:
     small = ["n_trials=1", "pruning.ratios=[0.1]", "objective={val_at: 0.1}"]
     small += ["pruning.eval_samples=16", "pruning.test_samples=16", "tracking.enabled=false"]
     small += ["pruning.steps_per_stage=1", "pruning.fine_tune_steps=1"]
+    small += [f"pruning.{name}=8" for name in ("calibration_samples", "probe_samples")]
     done = comp(*words, *(word for change in small for word in ("--set", change)))
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout.splitlines()[-1])
