@@ -155,7 +155,7 @@ def _run_block(
         statistics.add(block.attention.name, state.pad(context), weights)
         if held is not None:
             statistics.add(held.site.name, state.pad(held.activation), weights)
-    output = block.attention.out.linear(context)
+    output = _leave_out(handle, block, state, block.attention.out.linear(context))
     state.hidden = block.attention_wrap.leave(state.hidden, output)
     if drops and block.boundary is None and scores is not None:
         state, scores = drop_tokens(handle, block, state, scores)
@@ -183,7 +183,7 @@ def _feed_forward(
     activation = site.hidden(
         block.feed_forward_wrap.enter(state.hidden), handle.masks.get(site.name)
     )
-    output = site.out.linear(activation)
+    output = _leave_out(handle, block, state, site.out.linear(activation))
     state.hidden = block.feed_forward_wrap.leave(state.hidden, output)
     if statistics is None:
         return None
@@ -191,6 +191,22 @@ def _feed_forward(
         return _Held(site, activation.detach())
     statistics.add(site.name, state.pad(activation), weights)
     return None
+
+
+def _leave_out(handle: PruningHandle, block: Block, state: TokenState, output: Tensor) -> Tensor:
+    """Leaves an image layer's sub-layer out for some samples while training (stochastic depth).
+
+    Source: arXiv 1603.09382, its linear rule; what stays is scaled up so that means stay.
+    """
+    last = handle.last_layer(block.encoder)
+    rate = handle.drop_path * block.layer / max(last, 1)
+    if not handle.model.training or rate <= 0 or block.streams != {Stream.VISION}:
+        return output
+    batch, length = state.shape
+    stays = (torch.rand(batch, device=output.device) >= rate).to(output.dtype) / (1 - rate)
+    if state.packing is not None:
+        return output * stays[state.packing.places // length].unsqueeze(-1)
+    return output * stays[:, None, None]
 
 
 def _align(handle: PruningHandle, block: Block, state: TokenState, *, scored: bool) -> None:

@@ -98,6 +98,7 @@ class PruningHandle:
         trace: Notes which patches stay in every layer while it is set.
         stock_when_idle: Run the stock forward, bit for bit, while nothing is pruned. Training
             turns this off, so that padding is masked from the first step on.
+        drop_path: Probability with which the last image layer is left out while training.
         recompute: Keep only each block's input for the backward pass (gradient checkpointing).
         momentum: The slow copy that a contrastive task trains against, see ``comp.momentum``.
         workers: The processes that share the samples of every pass, see ``comp.workers``.
@@ -122,6 +123,7 @@ class PruningHandle:
     trace: TokenTrace | None = None
     stock_when_idle: bool = True
     recompute: bool = False
+    drop_path: float = 0.0
     momentum: "Momentum | None" = None
     workers: Workers = ALONE
     originals: list[tuple[nn.Module, str]] = field(default_factory=list)

@@ -107,6 +107,7 @@ class Pruner:
         self.handle.workers = workers
         self.handle.stock_when_idle = False
         self.handle.recompute = config.gradient_checkpointing
+        self.handle.drop_path = config.drop_path
         self.handle.static_tokens = None  # thresholds decide again, so that stages can raise them
         self.modes = self._allowed_modes()
         self.strategy = make_strategy(config, self.modes)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from comp.data.layout import EncodedImage, Row
+from comp.tasks.text import without_marks
 
 MAX_CAPTIONS = 8
 """Captions of an image that are read; COCO has five to seven, Flickr30K five."""
@@ -29,10 +30,14 @@ class CaptionedImage:
 
 
 def stored_captions(row: Row) -> CaptionedImage:
-    """Makes a sample of a row of kind ``captions``; of more than eight captions eight count."""
+    """Makes a sample of a row of kind ``captions``; of more than eight captions eight count.
+
+    Captions lose the marks that BLIP never sees, in training and evaluation; CIDEr ignores them.
+    """
     image: EncodedImage = row.images[0]
+    texts = [without_marks(text, between=" ") or text for text in row.texts[:MAX_CAPTIONS]]
     digest = hashlib.blake2b(row.id.encode(), digest_size=7).digest()
-    return CaptionedImage(image, tuple(row.texts[:MAX_CAPTIONS]), int.from_bytes(digest))
+    return CaptionedImage(image, tuple(texts), int.from_bytes(digest))
 
 
 def drawn_captions(samples: Sequence[CaptionedImage], *, seed: int, step: int) -> list[str]:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from comp.blocks import unmetered
+from comp.blocks import _leave_out, unmetered
 from comp.config import Method
 from comp.handle import PruningHandle
 from comp.importance import ActivationStatistics
 from comp.models import attach
 from comp.modes import Stream
-from comp.token_state import real_rows
+from comp.token_state import TokenState, real_rows
 from tests.comp.naive_blip import NaiveBlip
 from tests.tiny import (
     ENCODER_FAMILIES,
@@ -465,3 +465,33 @@ def test_unmetered_leaves_a_stock_model_alone(family: TinyFamily) -> None:
     model = family.build(0)
     with unmetered(model):
         family.outputs(model, family.batch(1, 0))
+
+
+# --- stochastic depth --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_image_layers_are_left_out_for_whole_samples_more_often_the_deeper_they_lie(
+    layer: int,
+) -> None:
+    handle = attach(FAMILIES["blip-vqa"].build(0).train())
+    handle.drop_path = 0.4
+    block = handle.structure.encoders["vision"][layer]
+    state = TokenState(torch.ones(4000, 3, 2), valid=torch.ones(4000, 3, dtype=torch.bool))
+    state.valid[0, 1] = False  # type: ignore[index]
+    state.pack_padding_away()
+    rows = state.pad(_leave_out(handle, block, state, state.hidden))
+    rate = 0.2 * layer
+    assert rows[1:].unique().tolist() == pytest.approx([0.0, 1 / (1 - rate)] if layer else [1.0])
+    assert bool((rows[1:] == rows[1:, :1, :1]).all())
+    assert float((rows[1:, 0, 0] == 0).float().mean()) == pytest.approx(rate, abs=0.04)
+
+
+def test_no_layer_is_left_out_in_eval_mode_or_of_a_text() -> None:
+    handle = attach(FAMILIES["blip-vqa"].build(0).train())
+    handle.drop_path = 0.9
+    state = TokenState(torch.ones(50, 3, 2))
+    text, image = (handle.structure.encoders[name][-1] for name in ("text", "vision"))
+    assert _leave_out(handle, text, state, state.hidden) is state.hidden
+    handle.model.eval()
+    assert _leave_out(handle, image, state, state.hidden) is state.hidden

@@ -224,7 +224,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(family: Any) 
     for recompute in (False, True):
         model = family.build(0).train()
         handle = attach(model)
-        handle.stock_when_idle, handle.recompute = False, recompute
+        handle.stock_when_idle, handle.recompute, handle.drop_path = False, recompute, 0.5
         handle.masks = {name: mask * 0.5 + 0.5 for name, mask in random_masks(handle).items()}
         handle.thresholds = {stream: 0.4 for stream in Stream}
         torch.manual_seed(5)

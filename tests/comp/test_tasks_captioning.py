@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from comp.config import PruningConfig
+from comp.data.layout import EncodedImage, Row
 from comp.data.openmoji import load_openmoji
 from comp.evaluation import evaluate
 from comp.finetune import make_optimizer, train_step
@@ -18,7 +19,7 @@ from comp.pruner import Pruner
 from comp.results import StageRecord
 from comp.tasks import build_task
 from comp.tasks.captioning import CaptioningTask
-from comp.tasks.captions import CaptionedImage
+from comp.tasks.captions import CaptionedImage, stored_captions
 from comp.tasks.text import build_tokenizer
 
 SHAPE = BlipShape(width=32, heads=4, vision_layers=2, text_layers=2, image_size=64, patch_size=16)
@@ -145,3 +146,8 @@ def test_pruning_runs_through_the_four_modes(task: Any, tokenizer: Any) -> None:
     records = list(pruner.run())
     assert {r.mode for r in records if isinstance(r, StageRecord)} >= set(modes[:3])
     assert pruner.points[-1].ratio_reached == pytest.approx(0.3, abs=0.02)
+
+
+def test_stored_captions_lose_the_marks_that_blip_never_sees() -> None:
+    row = Row("7", "train", images=(EncodedImage(b""),), texts=("A dog; it barks!", "..."))
+    assert stored_captions(row).captions == ("a dog it barks", "...")
