@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from comp.config import Method
-from comp.errors import CheckpointMismatch, UnsupportedModelError
+from comp.errors import CheckpointMismatch, UnsupportedModelError, misfit
 from comp.handle import TEMPERATURE, PruningHandle, handle_of
 from comp.modes import Stream
 from comp.shrink import apply_plan_
@@ -180,8 +180,7 @@ def _load_strictly(model: nn.Module, path: Path) -> None:
     wrong = [n for n, t in state.items() if n in own and own[n].shape != t.shape]
     if missing or unexpected or wrong:
         raise CheckpointMismatch(
-            f"{path} does not fit the model: missing {missing[:5]}, unexpected {unexpected[:5]}, "
-            f"other shape {wrong[:5]}"
+            f"{path} {misfit(type(model).__name__, missing, unexpected, wrong)}"
         )
     model.load_state_dict(state, strict=False)
 

@@ -1,5 +1,7 @@
 """Errors that a caller would want to catch by name."""
 
+from collections.abc import Sequence
+
 
 class UnsupportedModelError(ValueError):
     """The model's class has no adapter under ``comp/models``."""
@@ -32,6 +34,25 @@ class NanLoss(RuntimeError):
 
 class CheckpointMismatch(ValueError):
     """Saved files do not belong together or to this model."""
+
+
+def misfit(
+    model_class: str, missing: Sequence[str], unexpected: Sequence[str], wrong: Sequence[str]
+) -> str:
+    """Says how the tensors of a file differ from those of a model, the first few by name."""
+    parts = []
+    for what, names in (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("of another shape", wrong),
+    ):
+        if names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            parts.append(f"{len(names)} {what} ({shown})")
+    return (
+        f"does not fit the model, a {model_class}: of its tensors are {', '.join(parts)}; pass "
+        "weights of that class"
+    )
 
 
 class WorkerLost(RuntimeError):

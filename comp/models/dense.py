@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging
 
-from comp.errors import CheckpointMismatch
+from comp.errors import CheckpointMismatch, misfit
 
 Dtype = torch.dtype | Literal["auto"]
 
@@ -52,11 +52,10 @@ def load_dense(model_class: Any, directory: Path, dtype: Dtype = torch.float32) 
             "safetensors"
         ) from error
     missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
-    wrong = sorted(str(key) for key in found["mismatched_keys"])
+    wrong = sorted(key[0] for key in found["mismatched_keys"])
     if missing or unexpected or wrong:
         raise CheckpointMismatch(
-            f"{directory} does not fit the model: missing {missing[:5]}, unexpected "
-            f"{unexpected[:5]}, other shape {wrong[:5]}"
+            f"{directory} {misfit(model_class.__name__, missing, unexpected, wrong)}"
         )
     loaded: nn.Module = model
     return loaded

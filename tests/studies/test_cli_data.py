@@ -1,6 +1,7 @@
 """From official files and a model's directory to a number by commands; and what is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -323,6 +324,40 @@ def test_a_model_of_another_architecture_is_one_sentence(tmp_path: Path) -> None
     assert result.exit_code == 2
     assert "holds a BertModel, which has no adapter; the classes known are" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_weights_of_another_architecture_are_one_sentence_of_every_command(
+    tmp_path: Path,
+) -> None:
+    save_hub_model("clip-vit-tiny", tmp_path / "clip")
+    save_hub_model("blip-vqa-base", tmp_path / "dense")
+    shutil.copy(tmp_path / "clip" / "model.safetensors", tmp_path / "dense")
+    data = imported("vqav2", vqav2(tmp_path / "in"), tmp_path, "--images", str(tmp_path / "in"))
+    dense = str(tmp_path / "dense")
+    for words in (
+        ["evaluate", dense],
+        ["measure", dense, "--dense", dense],
+        ["diagnose", dense],
+        ["prune", str(spec_of(tmp_path, data, "other"))],
+    ):
+        result = invoke(*words)
+        assert result.exit_code == 2, words
+        last = result.stderr.splitlines()[-1]
+        assert "does not fit the model, a BlipForQuestionAnswering: of its tensors are" in last
+        assert last.endswith("pass weights of that class")
+
+
+def test_a_data_set_without_training_split_is_one_sentence(tmp_path: Path) -> None:
+    sources = [path for path in vqav2(tmp_path / "in") if path.name.startswith("val2014")]
+    data = imported("vqav2", sources, tmp_path, "--images", str(tmp_path / "in"))
+    save_hub_model("blip-vqa-base", tmp_path / "dense")
+    result = invoke("evaluate", str(tmp_path / "dense"), "--data", str(data))
+    assert result.exit_code == 2
+    assert "has no split train; import its training files too" in result.stderr
+    result = invoke("prune", str(spec_of(tmp_path, data, "other")))
+    assert result.exit_code == 2
+    assert "has the splits test, but a run needs train and val too" in result.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_checkpoint_of_the_authors_becomes_a_model_by_one_command(tmp_path: Path) -> None:
