@@ -5,7 +5,7 @@ metered cost of a sample is that of the image and of one pass over its first ref
 does not depend on what a model happens to say; generating is not metered.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from torch.nn import functional
 from comp.blocks import unmetered
 from comp.data.images import normalize
 from comp.metrics import cider
-from comp.tasks.base import ALONE, Batch, Shard
-from comp.tasks.batching import Streamed, ordered_batches, sample_splits, shuffled_batches
+from comp.tasks.base import Batch
+from comp.tasks.batched import BatchedTask
+from comp.tasks.batching import Streamed
 from comp.tasks.captions import MAX_CAPTIONS, CaptionedImage, drawn_captions
 from comp.tasks.text import TextTokenizer, pad, pad_mask
 
@@ -27,7 +28,7 @@ MAX_REFERENCE = 64
 """Tokens of a reference that the metric reads."""
 
 
-class CaptioningTask:
+class CaptioningTask(BatchedTask[CaptionedImage]):
     """Images with references, for models called like ``BlipForConditionalGeneration``.
 
     Args:
@@ -60,52 +61,15 @@ class CaptioningTask:
         smoothing: float = 0.1,
         augment: bool = True,
     ) -> None:
-        self._splits = sample_splits(samples)
-        self._images = images
+        super().__init__(samples, augment=augment)
+        self._pixels = images
         self._tokenizer: Any = tokenizer
-        self._augment, self._smoothing = augment, smoothing
+        self._smoothing = smoothing
         self._beams, self._max_words, self._min_words = beams, max_words, min_words
         self._pad_id = int(tokenizer.pad_token_id or 0)
         if tokenizer.bos_token_id is None:
             raise ValueError("the tokenizer has no bos_token; captions begin with BLIP's [DEC]")
         self._start = [int(tokenizer.bos_token_id), *self._spell(prompt)]
-
-    def train_batches(
-        self, *, batch_size: int, seed: int, start: int = 0, shard: Shard = ALONE
-    ) -> Iterator[Batch]:
-        """Yields shuffled training batches without end, one caption an image; see ``Task``."""
-
-        def collate(chosen: Sequence[CaptionedImage], pixels: Tensor, step: int) -> Batch:
-            return self._batch(chosen, pixels, drawn_captions(chosen, seed=seed, step=step))
-
-        yield from shuffled_batches(
-            self._splits["train"],
-            self._pixels,
-            collate,
-            batch_size=batch_size,
-            seed=seed,
-            start=start,
-            shard=shard,
-            augment=self._augment,
-            flip=False,
-        )
-
-    def batches(
-        self, split: str, *, batch_size: int, num_samples: int | None = None
-    ) -> Iterator[Batch]:
-        """Yields a split once in a fixed order; the first reference is the one to predict."""
-
-        def collate(chosen: Sequence[CaptionedImage], pixels: Tensor, step: None) -> Batch:
-            return self._batch(chosen, pixels, [one.captions[0] for one in chosen])
-
-        yield from ordered_batches(
-            self._splits,
-            self._pixels,
-            collate,
-            split,
-            batch_size=batch_size,
-            num_samples=num_samples,
-        )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns the mean cross-entropy of the words after the prompt, smoothed."""
@@ -194,12 +158,17 @@ class CaptioningTask:
         padded = functional.pad(new, (0, self._max_words - new.shape[1]), value=self._pad_id)
         return padded.masked_fill(padded == self._pad_id, _IGNORED)
 
-    def _pixels(self, chosen: Sequence[CaptionedImage]) -> Tensor:
-        return self._images([one.image for one in chosen])
+    def _images(self, chosen: Sequence[CaptionedImage]) -> Tensor:
+        return self._pixels([one.image for one in chosen])
 
     def _batch(
-        self, chosen: Sequence[CaptionedImage], pixels: Tensor, told: Sequence[str]
+        self,
+        chosen: Sequence[CaptionedImage],
+        pixels: Tensor,
+        drawn: tuple[int, int] | None = None,
     ) -> Batch:
+        """In stored order the first reference is the one to predict."""
+        told = drawn_captions(chosen, *drawn) if drawn else [one.captions[0] for one in chosen]
         end = int(self._tokenizer.sep_token_id)
         heads = [[*self._start, *self._spell(text)][: MAX_TOKENS - 1] for text in told]
         ids = [[*head, end] for head in heads]

@@ -40,7 +40,7 @@ def stored_captions(row: Row) -> CaptionedImage:
     return CaptionedImage(image, tuple(texts), int.from_bytes(digest))
 
 
-def drawn_captions(samples: Sequence[CaptionedImage], *, seed: int, step: int) -> list[str]:
+def drawn_captions(samples: Sequence[CaptionedImage], seed: int, step: int) -> list[str]:
     """Returns one caption of each image, all of them equally likely; a step decides which."""
     draw = np.random.default_rng((seed, step, 2)).random(len(samples)).tolist()
     return [

@@ -4,7 +4,7 @@ A conversation is one sequence, the same for every turn; ``comp.tasks.dialogue``
 spelled.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,11 @@ from torch.nn import functional
 
 from comp.data.images import normalize
 from comp.data.layout import EncodedImage, Row
-from comp.tasks.base import ALONE, Batch, Shard
+from comp.tasks.base import Batch
+from comp.tasks.batched import BatchedTask
 from comp.tasks.batching import (
     Images,
     Streamed,
-    ordered_batches,
-    sample_splits,
-    shuffled_batches,
 )
 from comp.tasks.dialogue import dialogue_of
 from comp.tasks.questions import Question
@@ -87,7 +85,7 @@ def make_conversations(questions: Sequence[Question], *, num_turns: int = 3) -> 
     return [Conversation(image, tuple(turns)) for image, turns in found]
 
 
-class InstructTask:
+class InstructTask(BatchedTask[AnyConversation]):
     """Conversations about one image each or none; the answer to the last question is judged.
 
     The model is called like the stock ``LlavaForConditionalGeneration``; the task puts the
@@ -115,42 +113,12 @@ class InstructTask:
         augment: bool = True,
         flip: bool = True,
     ) -> None:
-        self.conversations = sample_splits(conversations)
+        super().__init__(conversations, augment=augment, flip=flip)
+        self.conversations = self.samples
         self._pixels = pixels if isinstance(pixels, Images) else Images(pixels)
-        self._augment = augment
-        self._flip = flip
         self._pad_id = int(tokenizer.pad_token_id or 0)
         self._dialogue = dialogue_of(tokenizer)
         self._image_place = self._dialogue.image_place
-
-    def train_batches(
-        self, *, batch_size: int, seed: int, start: int = 0, shard: Shard = ALONE
-    ) -> Iterator[Batch]:
-        """Yields shuffled training batches without end; see ``Task``."""
-        return shuffled_batches(
-            self.conversations["train"],
-            self._images,
-            self._batch,
-            batch_size=batch_size,
-            seed=seed,
-            start=start,
-            shard=shard,
-            augment=self._augment,
-            flip=self._flip,
-        )
-
-    def batches(
-        self, split: str, *, batch_size: int, num_samples: int | None = None
-    ) -> Iterator[Batch]:
-        """Yields a split once in a fixed order; see ``Task``."""
-        return ordered_batches(
-            self.conversations,
-            self._images,
-            self._batch,
-            split,
-            batch_size=batch_size,
-            num_samples=num_samples,
-        )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns the mean cross-entropy of all answers' tokens."""
@@ -211,7 +179,9 @@ class InstructTask:
         found = [one.image for one in told if one.image is not None]
         return self._pixels(found) if found else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
 
-    def _batch(self, told: Sequence[AnyConversation], pixels: Tensor, step: int | None) -> Batch:
+    def _batch(
+        self, told: Sequence[AnyConversation], pixels: Tensor, drawn: tuple[int, int] | None = None
+    ) -> Batch:
         spelled = [self._spell(one) for one in told]
         whole = [[*prompt, *answer] for prompt, _, answer in spelled]
         labels = [[*labels, *answer] for _, labels, answer in spelled]

@@ -1,6 +1,6 @@
 """NLVR2: is a statement about two images true?"""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +9,11 @@ from torch.nn import functional
 
 from comp.data.images import normalize
 from comp.data.layout import EncodedImage, Row
-from comp.tasks.base import ALONE, Batch, Shard
+from comp.tasks.base import Batch
+from comp.tasks.batched import BatchedTask
 from comp.tasks.batching import (
     Images,
     Streamed,
-    ordered_batches,
-    sample_splits,
-    shuffled_batches,
 )
 from comp.tasks.statements import Statement
 from comp.tasks.text import TextTokenizer, encode, pad, pad_mask, without_marks
@@ -48,7 +46,7 @@ def stored_statement(row: Row) -> StoredStatement:
     return StoredStatement(tuple(row.images), text, row.labels[0] == "true")
 
 
-class NlvrTask:
+class NlvrTask(BatchedTask[PairStatement]):
     """Statements about a left and a right image, true or false.
 
     Args:
@@ -69,40 +67,11 @@ class NlvrTask:
         *,
         augment: bool = True,
     ) -> None:
-        self.statements = sample_splits(statements)
+        super().__init__(statements, augment=augment)
+        self.statements = self.samples
         self._pixels = pixels if isinstance(pixels, Images) else Images(pixels)
-        self._augment = augment
         self._tokenizer = tokenizer
         self._pad_id = int(tokenizer.pad_token_id or 0)
-
-    def train_batches(
-        self, *, batch_size: int, seed: int, start: int = 0, shard: Shard = ALONE
-    ) -> Iterator[Batch]:
-        """Yields shuffled training batches without end; see ``Task``."""
-        return shuffled_batches(
-            self.statements["train"],
-            self._images,
-            self._batch,
-            batch_size=batch_size,
-            seed=seed,
-            start=start,
-            shard=shard,
-            augment=self._augment,
-            flip=False,
-        )
-
-    def batches(
-        self, split: str, *, batch_size: int, num_samples: int | None = None
-    ) -> Iterator[Batch]:
-        """Yields a split once in a fixed order; see ``Task``."""
-        return ordered_batches(
-            self.statements,
-            self._images,
-            self._batch,
-            split,
-            batch_size=batch_size,
-            num_samples=num_samples,
-        )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns the mean cross-entropy of the labels."""
@@ -121,7 +90,9 @@ class NlvrTask:
         """Returns left and right images by turns, ``(2 B, 3, H, W)``."""
         return self._pixels([image for one in made for image in one.images])
 
-    def _batch(self, made: Sequence[PairStatement], pixels: Tensor, step: int | None) -> Batch:
+    def _batch(
+        self, made: Sequence[PairStatement], pixels: Tensor, drawn: tuple[int, int] | None = None
+    ) -> Batch:
         texts = encode(self._tokenizer, [" ".join(one.text.split()[:MAX_WORDS]) for one in made])
         return {
             "pixel_values": normalize(pixels).unflatten(0, (-1, 2)),  # (B, 2, 3, H, W)

@@ -22,8 +22,9 @@ from comp.blocks import unmetered
 from comp.contrast import Candidates, Ranks, contrastive_loss, hard_negatives, rank_and_loss
 from comp.data.images import normalize
 from comp.momentum import momentum_of
-from comp.tasks.base import ALONE, Batch, Shard
-from comp.tasks.batching import Streamed, sample_splits, shuffled_batches
+from comp.tasks.base import Batch
+from comp.tasks.batched import BatchedTask
+from comp.tasks.batching import Streamed
 from comp.tasks.captions import MAX_CAPTIONS, CaptionedImage, drawn_captions
 from comp.tasks.encoders import (
     add_temperature_,
@@ -46,7 +47,7 @@ MAX_BERT_TOKENS = 35
 CUTOFFS = (1, 5, 10)
 
 
-class RetrievalTask:
+class RetrievalTask(BatchedTask[CaptionedImage]):
     """Images with several captions each, for dual encoders and for BLIP's retrieval class.
 
     Args:
@@ -76,35 +77,13 @@ class RetrievalTask:
         queue: int = QUEUE,
         top: int = 16,
     ) -> None:
-        self.samples = sample_splits(samples)
-        self._images = images
+        super().__init__(samples, augment=augment)
+        self._pixels = images
         self._tokenizer = tokenizer
-        self._augment = augment
         self._queue, self._top = queue, top
         self._pad_id = int(tokenizer.pad_token_id or 0)
         self._max_tokens = MAX_BERT_TOKENS if _vocabulary(tokenizer, "[SEP]") else MAX_TOKENS
         self._judge_id = _vocabulary(tokenizer, "[ENC]")
-
-    def train_batches(
-        self, *, batch_size: int, seed: int, start: int = 0, shard: Shard = ALONE
-    ) -> Iterator[Batch]:
-        """Yields shuffled training batches without end, one caption an image; see ``Task``."""
-
-        def collate(chosen: Sequence[CaptionedImage], pixels: Tensor, step: int) -> Batch:
-            told = drawn_captions(chosen, seed=seed, step=step)
-            return self._batch(chosen, [(text,) for text in told], pixels)
-
-        yield from shuffled_batches(
-            self.samples["train"],
-            self._pixels,
-            collate,
-            batch_size=batch_size,
-            seed=seed,
-            start=start,
-            shard=shard,
-            augment=self._augment,
-            flip=False,
-        )
 
     def batches(
         self, split: str, *, batch_size: int, num_samples: int | None = None
@@ -118,7 +97,7 @@ class RetrievalTask:
             last = min(first + batch_size, end)
             chosen = samples.fetch(range(first, last))
             others = [*chosen[1:], *samples.fetch([last % end])]
-            batch = self._batch(chosen, [_read(one) for one in chosen], self._pixels(chosen))
+            batch = self._batch(chosen, self._images(chosen))
             yield batch | self._texts([_read(one)[:1] for one in others], "other_")
 
     def prepare_(self, model: nn.Module) -> None:
@@ -277,12 +256,21 @@ class RetrievalTask:
             return ids
         return torch.cat([torch.full_like(ids[:, :1], self._judge_id), ids[:, 1:]], dim=1)
 
-    def _pixels(self, chosen: Sequence[CaptionedImage]) -> Tensor:
-        return self._images([one.image for one in chosen])
+    def _images(self, chosen: Sequence[CaptionedImage]) -> Tensor:
+        return self._pixels([one.image for one in chosen])
 
     def _batch(
-        self, chosen: Sequence[CaptionedImage], told: Sequence[tuple[str, ...]], pixels: Tensor
+        self,
+        chosen: Sequence[CaptionedImage],
+        pixels: Tensor,
+        drawn: tuple[int, int] | None = None,
     ) -> Batch:
+        """While training an image has one caption, in stored order all of its own."""
+        told: list[tuple[str, ...]]
+        if drawn:
+            told = [(text,) for text in drawn_captions(chosen, *drawn)]
+        else:
+            told = [_read(one) for one in chosen]
         return {
             "pixel_values": normalize(pixels),
             "image_id": torch.tensor([one.id for one in chosen]),

@@ -1,6 +1,6 @@
 """Visual question answering: BLIP's encoder and decoder, answers ranked as BLIP ranks them."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +10,11 @@ from torch.nn import functional
 
 from comp.data.images import normalize
 from comp.data.layout import EncodedImage, Row
-from comp.tasks.base import ALONE, Batch, Shard
+from comp.tasks.base import Batch
+from comp.tasks.batched import BatchedTask
 from comp.tasks.batching import (
     Images,
     Streamed,
-    ordered_batches,
-    sample_splits,
-    shuffled_batches,
 )
 from comp.tasks.questions import Question
 from comp.tasks.text import TextTokenizer, encode, pad, pad_mask, without_marks
@@ -55,7 +53,7 @@ def stored_question(row: Row) -> StoredQuestion:
     return StoredQuestion(row.id, row.images[0], text, tuple(row.labels), tuple(row.counts))
 
 
-class VqaTask:
+class VqaTask(BatchedTask[AnyQuestion]):
     """Questions about one image each, with an answer out of a list.
 
     The model is called like the stock ``BlipForQuestionAnswering``. The answer that it ranks first
@@ -91,10 +89,9 @@ class VqaTask:
         top_k: int = 16,
     ) -> None:
         self.answers = tuple(answers)
-        self.questions = sample_splits(questions)
+        super().__init__(questions, augment=augment, flip=flip)
+        self.questions = self.samples
         self._pixels = pixels if isinstance(pixels, Images) else Images(pixels)
-        self._augment = augment
-        self._flip = flip
         self._top_k = min(top_k, len(self.answers))
         self._tokenizer = tokenizer
         self._pad_id = int(tokenizer.pad_token_id or 0)
@@ -104,35 +101,6 @@ class VqaTask:
         self._normalized: dict[str, list[int]] = {}
         for index, answer in enumerate(self.answers):
             self._normalized.setdefault(normalize_answer(answer), []).append(index)
-
-    def train_batches(
-        self, *, batch_size: int, seed: int, start: int = 0, shard: Shard = ALONE
-    ) -> Iterator[Batch]:
-        """Yields shuffled training batches without end; see ``Task``."""
-        return shuffled_batches(
-            self.questions["train"],
-            self._images,
-            self._batch,
-            batch_size=batch_size,
-            seed=seed,
-            start=start,
-            shard=shard,
-            augment=self._augment,
-            flip=self._flip,
-        )
-
-    def batches(
-        self, split: str, *, batch_size: int, num_samples: int | None = None
-    ) -> Iterator[Batch]:
-        """Yields a split once in a fixed order; see ``Task``."""
-        return ordered_batches(
-            self.questions,
-            self._images,
-            self._batch,
-            split,
-            batch_size=batch_size,
-            num_samples=num_samples,
-        )
 
     def submission(self, model: nn.Module, batches: Iterable[Batch]) -> list[dict[str, Any]]:
         """Returns what VQA's server takes: ``question_id`` and ``answer`` of every question.
@@ -254,7 +222,7 @@ class VqaTask:
         return self._pixels([one.image for one in asked])
 
     def _batch(
-        self, asked: Sequence[AnyQuestion], pixels: Tensor, step: int | None = None
+        self, asked: Sequence[AnyQuestion], pixels: Tensor, drawn: tuple[int, int] | None = None
     ) -> Batch:
         texts = encode(self._tokenizer, [one.text for one in asked], max_tokens=MAX_TOKENS)
         answers = [_most_frequent(one) for one in asked]
