@@ -148,21 +148,50 @@ def _text_forward(
         )
         return output
     length = input_ids.shape[-1]
-    bias = torch.ones(1, 1, length, length, dtype=torch.bool, device=input_ids.device).tril()
+    causal = torch.ones(1, 1, length, length, dtype=torch.bool, device=input_ids.device).tril()
     pooled = F.one_hot(_end_of_text(self, input_ids), length).bool()
     protected = pooled.clone()
     protected[:, 0] = True
-    valid = None
-    if attention_mask is not None:
-        bias = bias & attention_mask.bool()[:, None, None, :]
-        valid = attention_mask.bool() | pooled  # the stock code pools it even from padding
-    hidden = self.embeddings(input_ids=input_ids, position_ids=position_ids)
-    state = TokenState(hidden, valid=valid, pooled=pooled, protected=protected, bias=bias)
-    state = run_blocks(handle, handle.structure.encoders["text"], state)
-    state.hidden = self.final_layer_norm(state.hidden)
+    state = run_text(self, input_ids, attention_mask, position_ids, pooled, protected, causal)
     return BaseModelOutputWithPooling(
         last_hidden_state=state.hidden, pooler_output=pooled_rows(state)
     )
+
+
+def run_text(
+    text_model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    pooled: Tensor,
+    protected: Tensor,
+    visible: Tensor | None = None,
+) -> TokenState:
+    """Runs a text model whose parts are named as CLIP's, from ids to the last norm.
+
+    Args:
+        text_model: The stock module.
+        input_ids: Token ids, ``(B, N)``.
+        attention_mask: 1 for real tokens, ``(B, N)``; ``None`` means all.
+        position_ids: See the stock code.
+        pooled: The token that stands for its text, ``(B, N)`` bool.
+        protected: Tokens that are never dropped, ``(B, N)`` bool.
+        visible: Which keys a query sees besides padding, ``(1, 1, N, N)`` bool; ``None``: all.
+
+    Returns:
+        The tokens that are left.
+    """
+    hidden = text_model.embeddings(input_ids=input_ids, position_ids=position_ids)
+    state = TokenState(hidden, pooled=pooled, protected=protected, bias=visible)
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        keys = real[:, None, None, :]
+        state.bias = keys if visible is None else visible & keys
+        state.valid = real | pooled  # the stock code pools it even from padding
+    handle: PruningHandle = text_model.pruning
+    state = run_blocks(handle, handle.structure.encoders["text"], state)
+    state.hidden = text_model.final_layer_norm(state.hidden)
+    return state
 
 
 def _end_of_text(text_model: Any, input_ids: Tensor) -> Tensor:

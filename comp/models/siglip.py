@@ -15,7 +15,7 @@ from comp import cost
 from comp.blocks import run_blocks
 from comp.handle import PruningHandle, Structure, stock_forward, swap_forward
 from comp.models.base import counted_linear
-from comp.models.clip import encoder_blocks, pooled_rows
+from comp.models.clip import encoder_blocks, pooled_rows, run_text
 from comp.modes import Stream
 from comp.token_state import TokenState
 
@@ -100,16 +100,7 @@ def _text_forward(
         return output
     last = torch.zeros_like(input_ids, dtype=torch.bool)
     last[:, -1] = True
-    state = TokenState(
-        self.embeddings(input_ids=input_ids, position_ids=position_ids),
-        pooled=last,
-        protected=last,
-    )
-    if attention_mask is not None:
-        state.bias = attention_mask.bool()[:, None, None, :]
-        state.valid = attention_mask.bool() | last  # the stock code pools it even from padding
-    state = run_blocks(handle, handle.structure.encoders["text"], state)
-    state.hidden = self.final_layer_norm(state.hidden)
+    state = run_text(self, input_ids, attention_mask, position_ids, pooled=last, protected=last)
     return BaseModelOutputWithPooling(
         last_hidden_state=state.hidden, pooler_output=self.head(pooled_rows(state))
     )
