@@ -5,6 +5,7 @@ from these, so that whoever has the repository can make the tables again without
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ class ResultRow:
         ratio_asked: The FLOPs ratio that was asked for.
         ratio_reached: Mean of the ratios reached.
         seeds: The seeds behind it, ascending.
+        stages: Mean stages of whole runs, each of which trains for the same steps.
         val: Validation metric over the seeds.
         test: Test metric over the seeds.
         baseline: The setting that it is compared with: of all that are not the paper's own the
@@ -61,6 +63,7 @@ class ResultRow:
     ratio_asked: float
     ratio_reached: float
     seeds: tuple[int, ...]
+    stages: float
     val: Spread
     test: Spread
     baseline: str
@@ -77,6 +80,7 @@ class ResultRow:
             "ratio_asked": self.ratio_asked,
             "ratio_reached": round(self.ratio_reached, 4),
             "seeds": len(self.seeds),
+            "stages": round(self.stages, 2),
             "val_mean": round(self.val.mean, 3),
             "val_std": round(self.val.std, 3),
             "test_mean": round(self.test.mean, 3),
@@ -149,12 +153,15 @@ def setting_of(job: Job, spec: StudySpec) -> str:
 def read_rows(directory: Path) -> list[ResultRow]:
     """Reads what ``collect`` wrote and compares: rows by study, ratio and setting."""
     points = pa.parquet.read_table(directory / POINTS).to_pylist()
+    stages = pa.parquet.read_table(directory / STAGES, columns=["study", "run_id"]).to_pylist()
+    num_stages = Counter((stage["study"], stage["run_id"]) for stage in stages)
     groups: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}
     for point in points:
         if point["method"] == "dense":
             continue
         at = groups.setdefault((point["study"], point["ratio_asked"]), {})
-        at.setdefault(point["setting"], []).append(point)
+        stages_of_run = num_stages[point["study"], point["run_id"]]
+        at.setdefault(point["setting"], []).append(point | {"stages": stages_of_run})
     return [row for key in sorted(groups) for row in _rows_at(groups[key])]
 
 
@@ -186,6 +193,7 @@ def _row(
         ratio_asked=first["ratio_asked"],
         ratio_reached=float(np.mean([point["ratio_reached"] for point in points])),
         seeds=tuple(sorted(point["seed"] for point in points)),
+        stages=float(np.mean([point["stages"] for point in points])),
         val=spread([point["val"] for point in points]),
         test=spread([point["test"] for point in points]),
         baseline=baseline,

@@ -95,13 +95,14 @@ def _pivot(rows: Sequence[ResultRow], cell: Any) -> str:
     ratios = sorted({row.ratio_asked for row in rows})
     by_place = {(row.method, row.ratio_asked): row for row in rows}
     top = {row.method: row.test.mean for row in sorted(rows, key=lambda r: r.ratio_asked)}
-    lines = ["| setting | seeds | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |"]
-    lines.append("| --- " * (len(ratios) + 2) + "|")
+    lines = ["| setting | seeds | stages | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |"]
+    lines.append("| --- " * (len(ratios) + 3) + "|")
     for method in sorted(top, key=lambda name: -top[name]):
         own = [by_place.get((method, ratio)) for ratio in ratios]
-        seeds = min(len(row.seeds) for row in own if row is not None)
-        cells = [f"`{method}`", str(seeds), *("-" if row is None else cell(row) for row in own)]
-        lines.append("| " + " | ".join(cells) + " |")
+        known = [row for row in own if row is not None]
+        head = [f"`{method}`", f"{min(len(row.seeds) for row in known)}", f"{known[0].stages:.1f}"]
+        cells = ["-" if row is None else cell(row) for row in own]
+        lines.append("| " + " | ".join([*head, *cells]) + " |")
     return "\n".join(lines)
 
 

@@ -108,6 +108,7 @@ def test_the_page_gets_its_tables_and_keeps_its_words(tmp_path: Path) -> None:
     points = [point("sjp", 0, 60.0, 50), point("comp", 0, 60.0, 55, ratio_reached=0.81)]
     points.append(point("dense", 0, 70.0, 71, run_id="comp-s0", ratio_asked=0.0, gmacs=1e-9))
     stages = [stage("comp-s0", "vision_tokens", 0.5), stage("comp-s0", "language_params", 0.25)]
+    stages.append(stage("sjp-s0", "vision_tokens+vision_params", 0.2))
     write(tmp_path, points, stages)
     page = tmp_path / "results.md"
     places = ("test main", "differences main", "modes main")
@@ -117,8 +118,8 @@ def test_the_page_gets_its_tables_and_keeps_its_words(tmp_path: Path) -> None:
     written = write_results(tmp_path, page)
     text = page.read_text()
     assert text.startswith("# Words\n")
-    assert "| `comp` | 1 | 55.00* |" in text  # a per cent off the asked ratio is said
-    assert "| `sjp` | 1 | baseline |" in text
+    assert "| `comp` | 1 | 2.0 | 55.00* |" in text  # a per cent off the asked ratio is said
+    assert "| `sjp` | 1 | 1.0 | baseline |" in text
     assert "| vision_tokens | 1 | 67% |" in text
     (first, second) = json.loads((tmp_path / "results.json").read_text())
     assert (first["method"], second["diff_to_best_baseline"]) == ("sjp", 5.0)
