@@ -9,6 +9,7 @@ Source: CoMP (arXiv 2604.02956), Section 3 and Algorithm 1.
 """
 
 import copy
+import gc
 import math
 import time
 from collections.abc import Iterator
@@ -203,7 +204,7 @@ class Pruner:
                 self._num_passed += 1
                 yield Snapshot(target)
             else:
-                self.finished_model = None
+                self._drop_finished_model()
                 yield self._note(self._stage(target))
 
     def _note(self, record: _Body) -> _Body:
@@ -444,12 +445,18 @@ class Pruner:
         Raises:
             NanLoss: If the loss is not finite.
         """
-        self.finished_model = None
+        self._drop_finished_model()
         model = copy.deepcopy(self.model)
         with parked(self._trajectory_tensors()):
             point = self._finish(model, ratio)
         self.finished_model = model
         return self._note(point)
+
+    def _drop_finished_model(self) -> None:
+        """Frees its memory at once: a model and its handle hold each other until a sweep."""
+        if self.finished_model is not None:
+            self.finished_model = None
+            gc.collect()
 
     def _trajectory_tensors(self) -> list[Tensor]:
         """What only stages need: weights, moments, and what a slow copy holds."""

@@ -7,6 +7,7 @@ ratio that was *reached*. Nothing is extrapolated beyond ``SLACK``.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -66,7 +67,7 @@ class Curve:
         """The dense model, if the run has measured it."""
         return self.points[0] if self.points[0].method == "dense" else None
 
-    @property
+    @cached_property
     def ratios(self) -> NDArray[np.float64]:
         """Ratios reached, ascending, ``(P,)``."""
         return np.array([point.ratio_reached for point in self.points])

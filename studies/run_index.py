@@ -23,7 +23,7 @@ INDEX = "runs.jsonl"
 
 
 def read_point_runs(folder: StudyFolder) -> list[Run]:
-    """Returns the runs of a study by name, with their points and without their stages."""
+    """Returns the runs of a study by name, with their points, without stages and specs."""
     return list(_read(folder)[0].values())
 
 
@@ -80,7 +80,7 @@ def _read(folder: StudyFolder) -> tuple[dict[str, Run], bool]:
 
 def _with_points_alone(run: Run) -> Run:
     points = tuple(record for record in run.records if record.point is not None)
-    return dataclasses.replace(run, records=points)
+    return dataclasses.replace(run, records=points, job=dataclasses.replace(run.job, spec_text=""))
 
 
 def _names(folder: StudyFolder) -> Iterable[str]:
@@ -111,7 +111,7 @@ def _entries(folder: StudyFolder) -> dict[str, dict[str, Any]]:
 
 def _line(run: Run) -> str:
     job = run.job.to_dict()
-    del job["run_dir"]
+    del job["run_dir"], job["spec_text"]  # a third of the line, and nobody asks for it here
     entry = {
         "name": run.job.run_id,
         "stamp": _stamp(run.location),

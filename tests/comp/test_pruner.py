@@ -3,8 +3,10 @@
 import copy
 import dataclasses
 import functools
+import gc
 import itertools
 import math
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,21 @@ def test_a_point_follows_the_stage_that_reached_its_ratio(curve: Run) -> None:
         elif isinstance(before, StageRecord):
             assert before.snapshot is None
     assert [point.ratio_asked for point in curve.pruner.points] == [0.0, 0.15, 0.3]
+
+
+def test_a_finished_model_is_freed_before_the_next_stage_or_point() -> None:
+    models = []
+    pruner = pruner_of(ratios=(0.001, 0.0011, 0.05), tolerance=0.0, modes=("vision_params",))
+    gc.disable()
+    try:
+        for record in pruner.run():
+            if pruner.finished_model is not None:
+                models.append(weakref.ref(pruner.finished_model))
+            alive = [model for model in models if model() is not None]
+            assert len(alive) <= (isinstance(record, CurvePoint) and record.ratio_asked > 0)
+    finally:
+        gc.enable()
+    assert len(models) == 3
 
 
 def test_two_ratios_that_one_stage_reaches_give_two_points() -> None:

@@ -1,5 +1,6 @@
 """The file that lets a large study be read in seconds, and the directories that are the truth."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def test_the_points_are_those_of_the_directories(folder: StudyFolder) -> None:
     for run in runs:
         there = read_run(run.location)
         assert run.points == there.points
-        assert (run.job, run.uid, run.outcome) == (there.job, there.uid, there.outcome)
+        job = dataclasses.replace(there.job, spec_text="")
+        assert (run.job, run.uid, run.outcome) == (job, there.uid, there.outcome)
         assert run.stages == []
 
 
