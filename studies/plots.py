@@ -265,6 +265,9 @@ def _write(figure: Figure, target: Path) -> list[Path]:
         # Text stays text, and names inside the file do not change from one drawing to the next.
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "comp"}):
             figure.savefig(temporary, format=suffix, dpi=150, metadata=metadata)
+        if suffix == "svg":  # whose lines end in spaces, which keep files under git from settling
+            lines = temporary.read_text(encoding="utf-8").splitlines()
+            temporary.write_text("\n".join(map(str.rstrip, lines)) + "\n", encoding="utf-8")
         temporary.replace(path)
         written.append(path)
     return written
