@@ -7,7 +7,12 @@ import click
 from studies.cli_base import answer, common, example, find_folder, mistakes, root_option
 
 
-@click.group()
+@click.group(
+    epilog=example(
+        "comp results collect main-vqa cim-vqa --out docs/results",
+        "comp results write docs/results --page docs/results.md",
+    )
+)
 def results() -> None:
     """Collect finished studies, and write a page of results from the collection."""
 
