@@ -267,3 +267,21 @@ def write_points(runs: Sequence[Run | Curve], path: Path) -> int:
         pa.parquet.write_table(table, temporary, compression="zstd")
     temporary.replace(path)
     return int(table.num_rows)
+
+
+def removed_macs(stages: Iterable[tuple[str, float]], dense_macs: float) -> dict[str, float]:
+    """Returns the multiply-adds that the stages of a run took away, by mode.
+
+    What a stage removed is the fall of the measured multiply-adds over it; modes that a stage
+    prunes together share a name, such as ``vision_params+vision_tokens``.
+
+    Args:
+        stages: Mode and multiply-adds left after every stage, in order.
+        dense_macs: What the first stage started from.
+    """
+    removed: dict[str, float] = {}
+    before = dense_macs
+    for mode, macs in stages:
+        removed[mode] = removed.get(mode, 0.0) + before - macs
+        before = macs
+    return removed

@@ -103,12 +103,7 @@ def plot_settings(rows: Sequence["ResultRow"], target: Path, *, title: str) -> l
     Returns:
         The PNG and the SVG.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, fontsize=13, loc="left")
-    axes.set_xlabel("FLOPs removed (share of the dense model's multiply-adds, %)", fontsize=11)
-    axes.set_ylabel("Test metric (points of 100)", fontsize=11)
-    _polish(axes)
+    figure, axes = _over_ratios(title, "Test metric")
     names = list(dict.fromkeys(row.method for row in rows))
     for index, name in enumerate(names):
         own = sorted((row for row in rows if row.method == name), key=lambda r: r.ratio_asked)
@@ -189,18 +184,24 @@ def _polish(axes: Axes) -> None:
         axes.spines[side].set_visible(False)
 
 
+def _over_ratios(title: str, height: str) -> tuple[Figure, Axes]:
+    """Returns empty axes of points of 100 over the share of FLOPs removed."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=13, loc="left")
+    axes.set_xlabel("FLOPs removed (share of the dense model's multiply-adds, %)", fontsize=11)
+    axes.set_ylabel(f"{height} (points of 100)", fontsize=11)
+    _polish(axes)
+    return figure, axes
+
+
 def _axes(
     curves: Sequence[Curve], title: str, metric: Metric, metric_name: str
 ) -> tuple[Figure, Axes]:
     if not curves:
         raise ValueError("a plot needs at least one run with a finished ratio, but got none")
     check_comparable(curves)
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, fontsize=13, loc="left")
-    axes.set_xlabel("FLOPs removed (share of the dense model's multiply-adds, %)", fontsize=11)
-    axes.set_ylabel(f"{LABELS[metric]} {metric_name} (points of 100)", fontsize=11)
-    _polish(axes)
+    figure, axes = _over_ratios(title, f"{LABELS[metric]} {metric_name}")
     heights = sorted({round(float(getattr(c.dense, metric)), 6) for c in curves if c.dense})
     for index, height in enumerate(heights):
         label = f"dense: {height:.1f}" if len(heights) == 1 else "dense" if index == 0 else None

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow.parquet
 
+from studies.curves import removed_macs
 from studies.folder import write_atomically
 from studies.plots import plot_settings
 from studies.reproduction import POINTS, STAGES, ResultRow, read_rows
@@ -113,17 +114,18 @@ def mode_tables(data: Path) -> dict[str, str]:
         for point in pyarrow.parquet.read_table(data / POINTS).to_pylist()
         if point["method"] == "dense"
     }
-    before = dict(dense)
+    runs: dict[tuple[str, str], list[tuple[str, float]]] = {}
+    for stage in pyarrow.parquet.read_table(data / STAGES).to_pylist():
+        if stage["method"] == "comp":
+            stages = runs.setdefault((stage["study"], stage["run_id"]), [])
+            stages.append((stage["mode"], stage["macs"]))
     visits: dict[str, Counter[str]] = {}
     removed: dict[str, Counter[str]] = {}
-    for stage in pyarrow.parquet.read_table(data / STAGES).to_pylist():
-        run = (stage["study"], stage["run_id"])
-        if stage["method"] != "comp":
-            continue
-        visits.setdefault(stage["study"], Counter())[stage["mode"]] += 1
-        share = (before[run] - stage["macs"]) / dense[run]
-        removed.setdefault(stage["study"], Counter())[stage["mode"]] += share
-        before[run] = stage["macs"]
+    for run, stages in runs.items():
+        visits.setdefault(run[0], Counter()).update(mode for mode, _ in stages)
+        shares = removed.setdefault(run[0], Counter())
+        for mode, macs in removed_macs(stages, dense[run]).items():
+            shares[mode] += macs / dense[run]
     return {f"modes {study}": _mode_table(visits[study], removed[study]) for study in visits}
 
 

@@ -45,8 +45,10 @@ class AskedGrid(optuna.samplers.GridSampler):
         if "grid_id" in trial.system_attrs:
             return
         enqueued = trial.system_attrs.get("fixed_params")
-        left = self._get_unvisited_grid_ids(study)
-        place = min(left) if enqueued is None else self._place_of(enqueued)
+        if enqueued is None:
+            place: int | None = min(self._get_unvisited_grid_ids(study))
+        else:
+            place = self._place_of(enqueued)
         if place is None:
             return
         attrs: dict[str, Any] = {"search_space": self._search_space, "grid_id": place}

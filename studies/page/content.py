@@ -9,7 +9,7 @@ from comp.results import CurvePoint, StageRecord
 from comp.tasks.names import METRIC_NAMES
 from orchestration.storage import parent
 from studies.comparison import Comparison, PairedRow
-from studies.curves import Curve, Metric, pareto_curve_points
+from studies.curves import Curve, Metric, pareto_curve_points, removed_macs
 from studies.folder import StudyFolder
 from studies.page.pictures import pictures_of
 from studies.plots import LABELS
@@ -177,20 +177,12 @@ def _rounded(layers: Mapping[str, float]) -> dict[str, float]:
 
 
 def removed_by_mode(stages: Sequence[StageRecord], dense: CurvePoint | None) -> dict[str, float]:
-    """Returns each mode's share of the multiply-adds that the stages removed.
-
-    What a stage removed is the fall of the measured multiply-adds over it; modes that a stage
-    prunes together share a name, such as ``vision_params+vision_tokens``. The shares sum to 1.
-    """
+    """Returns each mode's share of the multiply-adds that the stages removed; they sum to 1."""
     if not stages or dense is None:
         return {}
-    before = dense.gmacs * 1e9
-    total = before - stages[-1].macs
-    shares: dict[str, float] = {}
-    for stage in stages:
-        share = (before - stage.macs) / total if total else 0.0
-        shares[stage.mode] = shares.get(stage.mode, 0.0) + share
-        before = stage.macs
+    removed = removed_macs([(stage.mode, stage.macs) for stage in stages], dense.gmacs * 1e9)
+    total = sum(removed.values())
+    shares = {mode: macs / total if total else 0.0 for mode, macs in removed.items()}
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
