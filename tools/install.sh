@@ -63,10 +63,10 @@ make_venv() {
     "$python" -m venv "$venv" || fail "$python -m venv $venv did not work; see above."
 }
 
-pip_install() {
+pip_install() { # --no-compile: a tenth of the modules is ever imported, and Python compiles these
     local target=.
     [ "$extra" = base ] || target=".[$extra]"
-    "$venv/bin/python" -m pip install --disable-pip-version-check --no-input \
+    "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile \
         -c constraints.txt -e "$target" >"$log" 2>&1
 }
 
