@@ -13,6 +13,8 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_worker_niceness="0",  # Ray's 15 starves them where something else is running too
+    RAY_prestart_worker_first_driver="0",  # no processes that wait for tasks: there are none
+    RAY_enable_metrics_collection="0",
     MLFLOW_DISABLE_TELEMETRY="true",
     TOKENIZERS_PARALLELISM="false",
 )

@@ -156,7 +156,8 @@ def test_another_image_size_interpolates_the_positions(tmp_path: Path) -> None:
 
 def test_the_tokenizer_begins_a_statement_as_blip_does(tmp_path: Path) -> None:
     file = write(tmp_path, random_state(**SIZES))
-    convert_blip("blip-nlvr", file, tmp_path / "out", tokenizer=vocabulary(tmp_path))
+    words_file = vocabulary(tmp_path)
+    convert_blip("blip-nlvr", file, tmp_path / "out", image_size=64, tokenizer=words_file)
     loaded = comp.load_model(tmp_path / "out")
     words = loaded.tokenizer
     ids = words("The left image shows cats, é")["input_ids"]
@@ -164,8 +165,8 @@ def test_the_tokenizer_begins_a_statement_as_blip_does(tmp_path: Path) -> None:
         "[ENC]", "the", "left", "image", "shows", "cat", "##s", ",", "[UNK]", "[SEP]",
     ]  # fmt: skip
     assert words.convert_tokens_to_ids(["[DEC]", "[ENC]"]) == [62, 63]
-    assert (loaded.task, loaded.image_size) == ("nlvr2", 32)
-    task = build_task("nlvr2", tokenizer=words, image_size=32, num_train=40)
+    assert (loaded.task, loaded.image_size) == ("nlvr2", 64)
+    task = build_task("nlvr2", tokenizer=words, image_size=64, num_train=40)
     with torch.no_grad():
         value, _ = task.score(loaded.model, next(iter(task.batches("val", batch_size=4))))
     assert value.shape == (4,)

@@ -255,7 +255,7 @@ class Monkey:
         while self.driver.poll() is None:
             assert time.monotonic() < deadline, self.log.read_text()[-3000:]
             time.sleep(0.2)
-            if records_on_disk(self.root) >= seen + 9 and self._may_strike() and strike():
+            if records_on_disk(self.root) >= seen + 14 and self._may_strike() and strike():
                 self.struck.append(strike.__name__)
                 strike, seen = next(strikes), records_on_disk(self.root)
 
