@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 data_option = click.option(
     "--data", type=click.Path(path_type=Path), help="A data set; the embedded one by default."
 )
+answers_option = click.option(
+    "--answers",
+    type=click.Path(path_type=Path),
+    help="Candidate answers to VQA questions, a JSON list or a data set with training questions; "
+    "those of --data by default.",
+)
 task_option = click.option("--task", help="A task; what the model was made for by default.")
 ratio_option = click.option(
     "--ratio", type=float, help="Which of a run's models; the most pruned one by default."
@@ -51,6 +57,7 @@ dtype_option = click.option(
 @ratio_option
 @task_option
 @data_option
+@answers_option
 @dtype_option
 @device_option
 @trust_option
@@ -64,6 +71,7 @@ def evaluate(
     ratio: float | None,
     task: str | None,
     data: Path | None,
+    answers: Path | None,
     dtype: str,
     device: str,
     trust_remote_code: bool,
@@ -75,7 +83,7 @@ def evaluate(
     from comp.models import attach
 
     with mistakes():
-        loaded, built = _load(model, ratio, task, data, trust_remote_code, dtype)
+        loaded, built = _load(model, ratio, task, data, answers, trust_remote_code, dtype)
         target = resolve_device(device)
         if not hasattr(loaded.model, "pruning"):
             attach(loaded.model)
@@ -154,6 +162,7 @@ def _write_submission(
 )
 @click.argument("model")
 @click.option("--dense", help="What to compare with; the model it was pruned from by default.")
+@click.option("--split", default="val", show_default=True, help="Where the batch is from.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; all by default.")
@@ -165,6 +174,7 @@ def _write_submission(
 @ratio_option
 @task_option
 @data_option
+@answers_option
 @dtype_option
 @device_option
 @trust_option
@@ -172,6 +182,7 @@ def _write_submission(
 def measure(
     model: str,
     dense: str | None,
+    split: str,
     batch_size: int,
     repeats: int,
     threads: int | None,
@@ -179,6 +190,7 @@ def measure(
     ratio: float | None,
     task: str | None,
     data: Path | None,
+    answers: Path | None,
     dtype: str,
     device: str,
     trust_remote_code: bool,
@@ -199,14 +211,14 @@ def measure(
     if threads:
         torch.set_num_threads(threads)
     with mistakes():
-        loaded, built = _load(model, ratio, task, data, trust_remote_code, dtype)
+        loaded, built = _load(model, ratio, task, data, answers, trust_remote_code, dtype)
         reference = dense or loaded.card.get("dense", {}).get("source")
         if not reference:
             raise ValueError(f"{model} does not say what it was pruned from; name it with --dense")
         kind = dtype_of(dtype)
         original = load_model(reference, trust_remote_code=trust_remote_code, dtype=kind)
         target = resolve_device(device)
-    batch = to_device(next(iter(built.batches("val", batch_size=batch_size))), target)
+        batch = to_device(next(iter(built.batches(split, batch_size=batch_size))), target)
     found = compare_latency(
         original.model.to(target), loaded.model.to(target), built, batch, repeats=repeats
     )
@@ -253,6 +265,7 @@ def _measure_peak(source: str, trust_remote_code: bool, as_json: bool) -> None:
 @ratio_option
 @task_option
 @data_option
+@answers_option
 @device_option
 @trust_option
 @common
@@ -266,6 +279,7 @@ def diagnose(
     ratio: float | None,
     task: str | None,
     data: Path | None,
+    answers: Path | None,
     device: str,
     trust_remote_code: bool,
     as_json: bool,
@@ -283,7 +297,7 @@ def diagnose(
             raise ValueError(f"--share must be in (0, 1), but got {share}")
         if plot is not None and plot.suffix != ".png":
             raise ValueError(f"--plot must name a .png file, but got {plot}")
-        loaded, built = _load(model, ratio, task, data, trust_remote_code)
+        loaded, built = _load(model, ratio, task, data, answers, trust_remote_code)
         target = resolve_device(device)
         if not hasattr(loaded.model, "pruning"):
             attach(loaded.model)
@@ -322,6 +336,7 @@ def _load(
     ratio: float | None,
     task: str | None,
     data: Path | None,
+    answers: Path | None,
     trust_remote_code: bool,
     dtype: str = "float32",
 ) -> "tuple[LoadedModel, Task]":
@@ -332,6 +347,7 @@ def _load(
     """
     from comp.models import load_model
     from comp.tasks import build_task
+    from comp.tasks.build import read_answers
 
     with at_hand(model) as place:
         directory = find_model(place, ratio)
@@ -345,6 +361,7 @@ def _load(
         image_size=loaded.image_size,
         transform=loaded.transform,
         data=data,
+        answers=None if answers is None else read_answers(answers),
     )
     return loaded, built
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # openai/CLIP, clip.py; BLIP uses the same
@@ -43,8 +43,12 @@ def decode_image(data: bytes) -> Image.Image:
                 return _over_white(image.convert("RGBA"))
             return image.convert("RGB")
     except (OSError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+        unknown = isinstance(
+            error, UnidentifiedImageError
+        )  # its own text names a buffer's address
+        reason = "of no known format" if unknown else error
         raise ValueError(
-            f"{len(data)} bytes cannot be decoded as an image ({error}); "
+            f"{len(data)} bytes cannot be decoded as an image ({reason}); "
             "check that the file is complete"
         ) from error
 

@@ -19,8 +19,11 @@ class BatchedTask(ABC, Generic[Sample]):
         flip: Whether it also mirrors half of them.
 
     Attributes:
+        name: The task's name.
         samples: Samples by split.
     """
+
+    name: str
 
     def __init__(self, samples: Mapping[str, Any], *, augment: bool, flip: bool = False) -> None:
         self.samples = sample_splits(samples)
@@ -29,7 +32,16 @@ class BatchedTask(ABC, Generic[Sample]):
     def train_batches(
         self, *, batch_size: int, seed: int, start: int = 0, shard: Shard = ALONE
     ) -> Iterator[Batch]:
-        """Yields shuffled training batches without end; see ``Task``."""
+        """Yields shuffled training batches without end; see ``Task``.
+
+        Raises:
+            ValueError: If there is no training split.
+        """
+        if "train" not in self.samples:
+            raise ValueError(
+                f"training for task {self.name!r} needs a split train, but the data set has only "
+                f"{', '.join(self.samples)}; import its training files too"
+            )
 
         def collate(chosen: Sequence[Sample], pixels: Tensor, step: int) -> Batch:
             return self._batch(chosen, pixels, (seed, step))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from comp.config import nearest
 from comp.data.images import ImageTransform
+from comp.data.imports.draft import read_json
 from comp.data.layout import DataSet
 from comp.data.openmoji import OpenMoji, load_openmoji
 from comp.tasks.base import Task
@@ -42,13 +43,15 @@ def build_task(
     image_size: int,
     transform: ImageTransform | None = None,
     data: Path | None = None,
+    answers: Sequence[str] | None = None,
     augment: bool = True,
     num_train: int | None = None,
     seed: int = 0,
 ) -> Task:
     """Builds a task on the embedded data set, or on one that ``comp data import`` wrote.
 
-    An imported set is streamed; it is never whole in memory.
+    An imported set is streamed; it is never whole in memory. It may hold any split alone: only
+    ``train_batches`` needs ``train``.
 
     Args:
         name: One of ``TASKS``.
@@ -57,12 +60,15 @@ def build_task(
         transform: How the model's images are made; squares with CLIP's mean by default.
         data: A data set in the Parquet layout, a file or a directory; ``None`` means the
             embedded OpenMoji, which is made at the first use.
+        answers: Candidate answers of task ``vqa`` on an imported set, instead of the frequent ones
+            of its training questions; see ``read_answers``.
         augment: Whether training images vary a little from epoch to epoch.
         num_train: Training samples of the embedded set; ``None`` means the task's usual number.
         seed: Seed of the choice of samples. Results are comparable only between equal seeds.
 
     Raises:
-        ValueError: If the name is unknown or ``data`` holds rows for other tasks.
+        ValueError: If the name is unknown, ``data`` holds rows for other tasks, or candidate
+            answers are missing or given where none are chosen among.
         FileNotFoundError: If ``data`` does not exist.
     """
     if name not in TASKS:
@@ -76,11 +82,18 @@ def build_task(
             "model's directory"
         )
     transform = transform or ImageTransform(image_size)
-    if data is not None:
-        stored = DataSet(data)
-        if stored.kind != "drawings":
-            images = Images(transform=transform, root=stored.image_root)
-            return _stored(name, stored, tokenizer, images, augment=augment, limit=num_train)
+    stored = None if data is None else DataSet(data)
+    imported = stored is not None and stored.kind != "drawings"
+    if answers is not None and (name != "vqa" or not imported):
+        raise ValueError(
+            f"answers are the candidates of task 'vqa' on an imported data set, but the task is "
+            f"{name!r} on {data or 'the embedded one'}; leave them out"
+        )
+    if stored is not None and imported:
+        images = Images(transform=transform, root=stored.image_root)
+        return _stored(
+            name, stored, tokenizer, images, answers=answers, augment=augment, limit=num_train
+        )
     openmoji = load_openmoji(image_size, path=data)
     openmoji = replace(openmoji, pixels=transform.restated(openmoji.pixels))
     numbers = {**_NUM_SAMPLES[name]}
@@ -104,6 +117,7 @@ def _stored(
     tokenizer: TextTokenizer,
     images: Images,
     *,
+    answers: Sequence[str] | None,
     augment: bool,
     limit: int | None,
 ) -> Task:
@@ -111,8 +125,6 @@ def _stored(
     check_kind(name, stored.kind, stored.path)
     if limit is not None:
         raise ValueError(f"num_train is for the embedded data set, but got {limit} with data")
-    if "train" not in stored.splits:
-        raise ValueError(f"{stored.path} has no split train; import its training files too")
 
     def streams(convert: Callable[..., Any]) -> dict[str, Streamed[Any]]:
         return {split: Streamed(rows, convert) for split, rows in stored.splits.items()}
@@ -130,10 +142,46 @@ def _stored(
         return InstructTask(
             streams(stored_conversation), images, tokenizer, augment=augment, flip=False
         )
-    answers = json.loads(stored.facts["answers"])
+    answers = answers or list(json.loads(stored.facts.get("answers", "{}")))
+    if not answers:
+        raise ValueError(
+            f"{stored.path} has no training questions, whose frequent answers would be the "
+            "candidates; name candidates (--answers) or import the training files too"
+        )
     return VqaTask(
-        streams(stored_question), images, list(answers), tokenizer, augment=augment, flip=False
+        streams(stored_question), images, answers, tokenizer, augment=augment, flip=False
     )
+
+
+def read_answers(path: Path) -> list[str]:
+    """Returns candidate answers for ``build_task``.
+
+    Args:
+        path: A JSON list of answers, as BLIP's ``answer_list.json``, or a data set of questions
+            with a training split, whose frequent answers they are.
+
+    Raises:
+        ValueError: If it is neither, or an answer is empty or comes twice.
+        FileNotFoundError: If there is nothing.
+    """
+    if path.suffix == ".json":
+        answers = read_json(path)
+    else:
+        answers = list(json.loads(DataSet(path).facts.get("answers", "{}")))
+    if not isinstance(answers, list) or not answers:
+        raise ValueError(
+            f"{path} must hold candidate answers, as a JSON list or as a data set with training "
+            "questions, but has none; name such a file"
+        )
+    seen: set[str] = set()
+    for row, answer in enumerate(answers, start=1):
+        if not isinstance(answer, str) or not answer.strip() or answer in seen:
+            raise ValueError(
+                f"{path}, row {row}: an answer must be a text that comes once, "
+                f"but got {answer!r:.60}"
+            )
+        seen.add(answer)
+    return answers
 
 
 def _vqa(

@@ -1,6 +1,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from comp.config import PruningConfig
 from comp.data.imports import ImportReport, import_data
 from comp.data.layout import DataSet
 from comp.evaluation import evaluate
@@ -16,6 +18,7 @@ from comp.models import attach
 from comp.models.blip_build import BlipShape, build_blip
 from comp.models.clip_build import build_clip
 from comp.models.tokenizer import as_pretrained
+from comp.pruner import prune
 from comp.tasks import build_task
 from comp.tasks.text import tokenizer_from_texts
 from tests.comp.test_tasks_instruct import tiny_model as tiny_llava
@@ -345,6 +348,30 @@ def test_answers_to_other_questions_are_refused(tmp_path: Path) -> None:
         import_data("vqav2", sources, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda rows: rows[1].update(image_id=77),
+            r"questions\.json, row 2: question_id 4001 is about image 0, .* about image 77; pass",
+        ),
+        (
+            lambda rows: rows.append(rows[0]),
+            r"annotations\.json, row 5: question_id 4000 was answered before; a question",
+        ),
+    ],
+)
+def test_answers_that_do_not_fit_their_questions_are_refused(
+    change: Callable[[Any], Any], words: str, tmp_path: Path
+) -> None:
+    sources = vqav2(tmp_path / "in")
+    annotations = next(path for path in sources if path.name == "val2014_annotations.json")
+    edit(annotations, lambda content: change(content["annotations"]))
+    with pytest.raises(ValueError, match=words):
+        import_data("vqav2", sources, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_questions_without_their_answers_are_refused(tmp_path: Path) -> None:
     sources = [path for path in vqav2(tmp_path / "in") if "val2014_a" not in path.name]
     with pytest.raises(ValueError, match=r"val2014_questions\.json needs its annotations"):
@@ -355,6 +382,9 @@ def test_questions_without_their_answers_are_refused(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("nlvr2", "{]", "row 1 is no JSON"),
+        ("nlvr2", "[" * 5000, "row 1 is no JSON"),
+        ("karpathy", "[" * 5000, "is no JSON"),
+        ("karpathy", "{}", "field 'images' is missing among no fields;"),
         ("nlvr2", '{"sentence": "x"}', "row 1: field 'identifier' is missing among sentence"),
         ("nlvr2", "", "holds no rows"),
         ("karpathy", "[]", "field 'images' is missing among list"),
@@ -412,3 +442,42 @@ def test_a_data_set_for_another_task_is_refused(tmp_path: Path) -> None:
     _, out = imported("karpathy", tmp_path)
     with pytest.raises(ValueError, match=r"holds captions, which task 'vqa' does not read"):
         build_task("vqa", tokenizer=tokenizer(), image_size=64, data=out)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "split", "rest"),
+    [
+        ("nlvr2", "nlvr2", "test", "test1.json"),
+        ("nlvr2", "nlvr2", "val", "dev.json"),
+        ("karpathy", "retrieval", "test", "dataset_coco.json"),
+        ("karpathy", "captioning", "test", "dataset_coco.json"),
+        ("vqav2", "vqa", "test", "val2014"),
+        ("vqav2", "vqa", "server", "test2015"),
+    ],
+)
+def test_a_split_alone_gives_the_batches_it_gives_beside_the_others(
+    name: str, kind: str, split: str, rest: str, tmp_path: Path
+) -> None:
+    sources = WRITERS[name](tmp_path / "in")
+    import_data(name, sources, tmp_path / "whole", images=tmp_path / "in")
+    if name == "karpathy":
+        edit(sources[0], lambda told: told.update(images=told["images"][-3:]))
+    alone = [path for path in sources if path.name.startswith(rest)]
+    import_data(name, alone, tmp_path / "alone", images=tmp_path / "in")
+    given = {"answers": ["no", "yes"]} if kind == "vqa" else {}
+    build = partial(build_task, kind, tokenizer=tokenizer(), image_size=64)
+    whole: Any = build(data=tmp_path / "whole")
+    task: Any = build(data=tmp_path / "alone", **given)
+    assert list(task.samples) == [split]
+    batches = [next(one.batches(split, batch_size=4)) for one in (whole, task)]
+    assert all(torch.equal(batches[0][key], batches[1][key]) for key in batches[0])
+    with pytest.raises(ValueError, match=rf"'{kind}' needs a split train, but .* only {split};"):
+        task.train_batches(batch_size=2, seed=0)
+
+
+def test_pruning_on_a_set_without_training_rows_says_so(tmp_path: Path) -> None:
+    sources = [path for path in nlvr2(tmp_path / "in") if path.name != "train.json"]
+    import_data("nlvr2", sources, tmp_path / "out")
+    task = build_task("nlvr2", tokenizer=tokenizer(), image_size=64, data=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"'nlvr2' needs a split train, but .* only val, test;"):
+        prune(tiny_nlvr(tokenizer()), task, PruningConfig(ratios=(0.2,), num_stages=2))

@@ -17,6 +17,7 @@ from comp.data.layout import DataSet
 from comp.models import load_model
 from comp.models.load import attach
 from comp.tasks import build_task
+from comp.tasks.build import read_answers
 from studies.yaml_text import write_yaml
 from tests.comp.naive_blip_nlvr import random_state
 from tests.comp.test_data_imports import tokenizer as words_of_statements
@@ -347,17 +348,51 @@ def test_weights_of_another_architecture_are_one_sentence_of_every_command(
         assert last.endswith("pass weights of that class")
 
 
-def test_a_data_set_without_training_split_is_one_sentence(tmp_path: Path) -> None:
+def test_a_set_of_the_evaluated_split_alone_is_measured_and_never_trained_on(
+    tmp_path: Path,
+) -> None:
     sources = [path for path in vqav2(tmp_path / "in") if path.name.startswith("val2014")]
     data = imported("vqav2", sources, tmp_path, "--images", str(tmp_path / "in"))
     save_hub_model("blip-vqa-base", tmp_path / "dense")
-    result = invoke("evaluate", str(tmp_path / "dense"), "--data", str(data))
-    assert result.exit_code == 2
-    assert "has no split train; import its training files too" in result.stderr
-    result = invoke("prune", str(spec_of(tmp_path, data, "other")))
-    assert result.exit_code == 2
-    assert "has the splits test, but a run needs train and val too" in result.stderr
+    yes = load_model(tmp_path / "dense").tokenizer.convert_tokens_to_ids("yes")
+    resave(tmp_path / "dense", lambda m: always(m.text_decoder.cls.predictions.decoder, yes))
+    dense = str(tmp_path / "dense")
+    refused = invoke("evaluate", dense, "--data", str(data))
+    assert refused.exit_code == 2
+    assert (
+        "no training questions, whose frequent answers would be the candidates" in refused.stderr
+    )
+    answers = tmp_path / "answer_list.json"
+    answers.write_text('["no", "yes"]')
+    given = ["--answers", str(answers)]
+    # Yes by 10, 3, 1 and 0 of ten, as with the training files beside them.
+    found = evaluated(tmp_path / "dense", data, *given)
+    assert found["value"] == pytest.approx(100 * (1 + 0.9 + 0.3) / 4, abs=1e-4)
+    beside = ["measure", dense, "--data", str(data), "--dense", dense, "--repeats", "1", *given]
+    assert "split must be one of test, but got 'val'" in invoke(*beside).stderr
+    assert invoke(*beside, "--split", "test").exit_code == 0
+    trained = invoke("prune", str(spec_of(tmp_path, data, "other")))
+    assert trained.exit_code == 2
+    assert "has the splits test, but a run needs train and val too" in trained.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_candidate_answers_of_another_set_are_taken_and_bad_ones_named(tmp_path: Path) -> None:
+    whole = imported("vqav2", vqav2(tmp_path / "in"), tmp_path, "--images", str(tmp_path / "in"))
+    assert read_answers(whole) == ["no", "yes"]
+    path = tmp_path / "answers.json"
+    for content, words in (
+        ("{}", "must hold candidate answers"),
+        ("[]", "but has none"),
+        ('["yes", 3]', "row 2: an answer must be a text that comes once, but got 3"),
+        ('["yes", "yes"]', "row 2: an answer must be a text that comes once, but got 'yes'"),
+    ):
+        path.write_text(content)
+        result = invoke("evaluate", "blip-tiny-vqa", "--data", str(whole), "--answers", str(path))
+        assert result.exit_code == 2
+        assert words in result.stderr
+    result = invoke("evaluate", "blip-tiny-nlvr2", "--answers", str(whole))
+    assert "answers are the candidates of task 'vqa' on an imported data set" in result.stderr
 
 
 def test_a_checkpoint_of_the_authors_becomes_a_model_by_one_command(tmp_path: Path) -> None:

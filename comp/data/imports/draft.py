@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 
+_NO_JSON = (json.JSONDecodeError, UnicodeDecodeError, RecursionError)  # the last: brackets alone
 _NAMES = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
 
 
@@ -50,7 +51,7 @@ def read_json(path: Path) -> Any:
         raise FileNotFoundError(f"there is no file {path}; check the path")
     try:
         return json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except _NO_JSON as error:
         raise ValueError(f"{path.name} is no JSON ({error}); check that it is complete") from None
 
 
@@ -68,7 +69,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield where, json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except _NO_JSON as error:
                 raise ValueError(f"{where} is no JSON ({error}); NLVR2 has one a line") from None
 
 
@@ -80,6 +81,7 @@ def take(entry: Any, name: str, kind: type[Value], where: str) -> Value:
     """
     if not isinstance(entry, dict) or name not in entry:
         have = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
+        have = have or "no fields"
         raise ValueError(f"{where}: field {name!r} is missing among {have}; is it the right file?")
     value = entry[name]
     if not isinstance(value, kind) or isinstance(value, bool):

@@ -5,6 +5,7 @@ Source: https://visualqa.org/download.html
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,28 @@ def read(sources: Sequence[Path], *, holdout: float) -> list[Draft]:
     return hold_out(drafts, holdout, "val")
 
 
-def _by_question(path: Path, entries: Sequence[Any]) -> tuple[Path, dict[int, Counter[str]]]:
-    found = {}
+@dataclass(frozen=True)
+class _Given:
+    """What people answered to a question, and about which image the file says they were asked."""
+
+    answers: Counter[str]
+    image: int
+
+
+def _by_question(path: Path, entries: Sequence[Any]) -> tuple[Path, dict[int, _Given]]:
+    found: dict[int, _Given] = {}
     for number, entry in enumerate(entries, start=1):
         where = f"{path.name}, row {number}"
         said = take(entry, "answers", list, where)
-        found[take(entry, "question_id", int, where)] = Counter(
-            take(one, "answer", str, where) for one in said
-        )
+        question = take(entry, "question_id", int, where)
         if not said:
             raise ValueError(f"{where}: field 'answers' is empty; VQA has ten answers a question")
+        if question in found:
+            raise ValueError(
+                f"{where}: question_id {question} was answered before; a question comes once"
+            )
+        told = Counter(take(one, "answer", str, where) for one in said)
+        found[question] = _Given(told, take(entry, "image_id", int, where))
     return path, found
 
 
@@ -74,14 +87,15 @@ def _rows(
     path: Path,
     entries: Sequence[Any],
     subset: str,
-    given: tuple[Path, Mapping[int, Counter[str]]] | None,
+    given: tuple[Path, Mapping[int, _Given]] | None,
 ) -> list[Draft]:
     folder = "test2015" if subset.startswith("test") else subset
     drafts = []
     for number, entry in enumerate(entries, start=1):
         where = f"{path.name}, row {number}"
         question = take(entry, "question_id", int, where)
-        name = f"COCO_{folder}_{take(entry, 'image_id', int, where):012d}.jpg"
+        image = take(entry, "image_id", int, where)
+        name = f"COCO_{folder}_{image:012d}.jpg"
         said: Counter[str] = Counter()
         if given is not None:
             if question not in given[1]:
@@ -89,7 +103,13 @@ def _rows(
                     f"{where}: question_id {question} is not in {given[0].name}; "
                     "pass the annotations of these questions"
                 )
-            said = given[1][question]
+            said = given[1][question].answers
+            if given[1][question].image != image:
+                raise ValueError(
+                    f"{where}: question_id {question} is about image {image}, but "
+                    f"{given[0].name} answers it about image {given[1][question].image}; "
+                    "pass the annotations of these questions"
+                )
         ranked = sorted(said.items(), key=lambda item: (-item[1], item[0]))
         drafts.append(
             Draft(
