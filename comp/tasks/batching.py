@@ -181,13 +181,26 @@ def ordered_batches(
     Raises:
         ValueError: If the split does not exist.
     """
-    if split not in splits:
-        raise ValueError(f"split must be one of {', '.join(splits)}, but got {split!r}")
-    end = len(splits[split])
+    samples = split_of(splits, split)
+    end = len(samples)
     end = min(end, num_samples or end)
     for first in range(0, end, batch_size):
-        chosen = splits[split].fetch(range(first, min(first + batch_size, end)))
+        chosen = samples.fetch(range(first, min(first + batch_size, end)))
         yield collate(chosen, images(chosen), None)
+
+
+def split_of(splits: Mapping[str, Samples[Sample]], split: str) -> Samples[Sample]:
+    """Returns the samples of a split.
+
+    Raises:
+        ValueError: If the data set does not hold it.
+    """
+    if split not in splits:
+        raise ValueError(
+            f"split must be one of {', '.join(splits)}, but got {split!r}; name one that is there "
+            "or import that split's files too"
+        )
+    return splits[split]
 
 
 def training_order(

@@ -24,7 +24,7 @@ from comp.data.images import normalize
 from comp.momentum import momentum_of
 from comp.tasks.base import Batch
 from comp.tasks.batched import BatchedTask
-from comp.tasks.batching import Streamed
+from comp.tasks.batching import Streamed, split_of
 from comp.tasks.captions import MAX_CAPTIONS, CaptionedImage, drawn_captions
 from comp.tasks.encoders import (
     add_temperature_,
@@ -89,9 +89,7 @@ class RetrievalTask(BatchedTask[CaptionedImage]):
         self, split: str, *, batch_size: int, num_samples: int | None = None
     ) -> Iterator[Batch]:
         """Yields a split once in a fixed order; a sample is an image with its captions."""
-        if split not in self.samples:
-            raise ValueError(f"split must be one of {', '.join(self.samples)}, but got {split!r}")
-        samples = self.samples[split]
+        samples = split_of(self.samples, split)
         end = min(len(samples), num_samples or len(samples))
         for first in range(0, end, batch_size):
             last = min(first + batch_size, end)

@@ -98,8 +98,10 @@ class VqaTask(BatchedTask[AnyQuestion]):
         self._answer_ids = [self._spell(answer) for answer in self.answers]
         self._bos_id = _bos_id(tokenizer)
         self._position = {answer: index for index, answer in enumerate(self.answers)}
+        self._plain: dict[str, list[int]] = {}
         self._normalized: dict[str, list[int]] = {}
         for index, answer in enumerate(self.answers):
+            self._plain.setdefault(answer.strip(), []).append(index)
             self._normalized.setdefault(normalize_answer(answer), []).append(index)
 
     def submission(self, model: nn.Module, batches: Iterable[Batch]) -> list[dict[str, Any]]:
@@ -258,8 +260,9 @@ class VqaTask(BatchedTask[AnyQuestion]):
         """Returns the accuracy that each candidate answer would have, ``(B, A)``."""
         accuracy = torch.zeros(len(asked), len(self.answers))
         for row, one in enumerate(asked):
+            candidates = self._normalized if len(one.answers) > 1 else self._plain
             for answer, value in answer_accuracy(one.answers, one.counts).items():
-                for index in self._normalized.get(answer, ()):
+                for index in candidates.get(answer, ()):
                     accuracy[row, index] = value
         return accuracy
 

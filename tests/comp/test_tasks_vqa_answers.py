@@ -19,6 +19,13 @@ from comp.tasks.vqa_answers import answer_accuracy, normalize_answer
         ("it's", "it's"),
         ("Γάτα 猫", "γάτα 猫"),
         ("t-shirt", "t shirt"),
+        ("black - white!", "black white"),
+        ("10,000-20,000", "1000020000"),
+        ("50%", "50%"),
+        ("$5.", "$5"),
+        (".5", ".5"),
+        ("yall'd've", "y'all'd've"),
+        ("couldntve", "couldntve"),
     ],
 )
 def test_answers_are_compared_in_normal_form(said: str, compared: str) -> None:
@@ -37,3 +44,8 @@ def test_accuracy_leaves_every_person_out_in_turn() -> None:
 
 def test_one_true_answer_counts_in_full() -> None:
     assert answer_accuracy(["wide"], []) == {"wide": 1.0}
+
+
+def test_what_all_people_say_counts_as_it_stands() -> None:
+    assert answer_accuracy(["two "], [10]) == {"two": 1.0}
+    assert answer_accuracy(["two", "2"], [9, 1]) == {"2": 1.0}
