@@ -22,10 +22,10 @@ _CONTRACTIONS = """
     what're what's what've when's where'd where's where've who'd who'd've who'll who's who've
     why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd
     you'd've you'll you're you've
-""".split()
+"""
 _FULL = {
     right[:place] + right[place + 1 :]: right
-    for right in _CONTRACTIONS
+    for right in _CONTRACTIONS.split()
     for place, letter in enumerate(right)
     if letter == "'"
 }
