@@ -68,7 +68,7 @@ class EncodedImage:
 
         Raises:
             ValueError: If the path climbs out of ``root`` or there is neither path nor data.
-            OSError: If the file cannot be read.
+            FileNotFoundError: If there is no such file.
         """
         if self.data is not None:
             return self.data
@@ -77,6 +77,11 @@ class EncodedImage:
         file = (root / self.path).resolve()
         if not file.is_relative_to(root.resolve()):
             raise ValueError(f"image path {self.path!r} leaves the image root {root}")
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"image {self.path!r} is gone from {root}; put it back, or import the data set "
+                "again without --link"
+            )
         return file.read_bytes()
 
 

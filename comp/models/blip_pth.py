@@ -190,8 +190,12 @@ def read_state(file: Path) -> dict[str, Tensor]:
             "nothing in it was executed"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "it ends too early"
-        raise ValueError(f"{file.name} is no PyTorch checkpoint ({reason})") from None
+        reason = (
+            str(error).strip().splitlines()[0].split(". ")[0] if str(error).strip() else "empty"
+        )
+        raise ValueError(
+            f"{file.name} is no PyTorch checkpoint ({reason}); check that it is complete"
+        ) from None
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         have = (

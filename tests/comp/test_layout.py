@@ -145,6 +145,11 @@ def test_a_path_that_climbs_out_of_the_root_is_refused(tmp_path: Path) -> None:
         EncodedImage(path="../secret").read(tmp_path)
 
 
+def test_an_image_that_is_gone_is_named_with_its_root(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"image 'a/b\.png' is gone from .*; put it back"):
+        EncodedImage(path="a/b.png").read(tmp_path)
+
+
 def test_a_path_needs_an_image_root() -> None:
     with pytest.raises(ValueError, match=r"'a/b\.png' has no bytes; pass the image root"):
         EncodedImage(path="a/b.png").read()
