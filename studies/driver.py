@@ -6,6 +6,7 @@ its jobs ended with a complete stream. The dense reference runs first; the trial
 
 import dataclasses
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -224,6 +225,13 @@ class Driver:
         """Passes intermediate values on, and stops the trial where the pruner says so."""
         for step, value in reports:
             if running.told:
+                return
+            if not math.isfinite(value):  # a pruner would stop the trial and hide the reason
+                reason = (
+                    f"the validation value of ratio {step / 1000:g} is {value}, which is no "
+                    "number; see the stages of its runs"
+                )
+                self._fail(running, reason, "algorithm")
                 return
             running.trial.report(step, value)
             if self.spec.pruner is not None and running.trial.should_prune():

@@ -15,6 +15,7 @@ from studies.errors import SpecError
 from studies.folder import StudyFolder
 from studies.spec import StudySpec
 from studies.summary import StudySummary, summarize
+from tests.studies import synthetic
 from tests.studies.synthetic import (
     DENSE_VAL,
     RUNNER,
@@ -201,6 +202,28 @@ def test_a_failed_run_fails_its_trial_with_the_reason_and_no_other(tmp_path: Pat
     assert run(spec).counts == {"complete": 5, "fail": 1}
     trial = summary_of(spec).trials[1]
     assert (trial.state, trial.reason) == ("fail", "run s-0001: loss is nan in stage 2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        (["objective={area: [0.0, 0.8]}"], "the validation value of ratio 0.5 is nan"),
+        (["pruner={kind: median, every: 0.2}"], "the validation value of ratio 0.2 is nan"),
+        (["objective=[{val_at: 0.8}, {gflops_at: 0.8}]"], "validation at ratio 0.8 of run"),
+    ],
+)
+def test_an_objective_that_is_no_number_fails_its_trial_with_a_sentence(
+    overrides: list[str], where: str, tmp_path: Path
+) -> None:
+    spec = make_spec(tmp_path, "n_trials=3", "parallel=1", *overrides)
+    outcome = run_study(
+        spec, lambda: SlotsExecutor(1), runner=f"{synthetic.__name__}:prune_to_nan"
+    )
+    assert outcome.counts == {"complete": 2, "fail": 1}
+    trial = summary_of(spec).trials[1]
+    assert (trial.state, trial.values) == ("fail", ())
+    assert where in trial.reason
+    assert "which is no number" in trial.reason
 
 
 def test_a_failed_seed_ends_the_other_seeds_of_its_trial(tmp_path: Path) -> None:
