@@ -155,9 +155,8 @@ def test_the_example_of_the_readme_has_at_most_ten_lines() -> None:
 
 
 def test_the_readme_says_what_continuous_integration_calls() -> None:
-    checks, tests = re.findall(
-        r"^make (?:-\S+ )*([a-z ]*?)(?: ARGS=\S+)? </dev/null", (ROOT / ".ci/run").read_text(), re.M
-    )
+    calls = r"^make (?:-\S+ )*([a-z ]*?)(?: ARGS=\S+)? </dev/null"
+    checks, tests = re.findall(calls, (ROOT / ".ci/run").read_text(), re.M)
     sentence = f"(`.ci/run`) calls `make {checks}` and, beside it, `make {tests}`."
     assert sentence in (ROOT / "README.md").read_text()
     assert f"\nci: {checks} {tests}  ##" in (ROOT / "Makefile").read_text()

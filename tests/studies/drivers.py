@@ -50,7 +50,7 @@ def wait_until(happened: Callable[[], object], seconds: float, what: str) -> Non
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.05)
+        time.sleep(0.2)  # what is looked at can cost a tenth of that
 
 
 def summary_of(root: Path) -> StudySummary:

@@ -14,6 +14,7 @@ import pytest
 
 from orchestration.job import Record
 from orchestration.store import Run, read_run
+from studies.session import conduct_study
 from studies.specfile import write_spec
 from studies.summary import StudySummary
 from tests.orchestration.troubled_trials import OVERRIDES, RUNNER, trouble
@@ -226,9 +227,8 @@ def test_a_full_disk_and_a_read_only_one_are_named_and_cost_nothing_that_is_fini
 
 def test_nan_fails_its_trial_with_the_stage_and_the_study_goes_on(tmp_path: Path) -> None:
     trouble(tmp_path / "runs", "s-0001", "nan 5")  # the second of the second stage's three steps
-    spec = write_study(tmp_path, "n_trials=3", "tracking.enabled=false", *OVERRIDES, SPACE)
-    log = tmp_path / "log"
-    assert start(RUNNER, "study", "run", spec, "--inline", log=log).wait(timeout=300) == 0
+    spec = make_spec(tmp_path, "n_trials=3", "tracking.enabled=false", *OVERRIDES, SPACE)
+    conduct_study(spec, inline=True, runner=RUNNER)
     trials = summary_of(tmp_path).trials
     assert [trial.state for trial in trials] == ["complete", "fail", "complete"]
     assert trials[1].reason.startswith("run s-0001: the training loss became nan in stage 2, step")
