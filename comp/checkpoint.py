@@ -26,6 +26,19 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 PLAN = "pruning.json"
+_PLAN: dict[str, Any] = {
+    "version": 1,
+    "family": "",
+    "dense_units": {},
+    "kept": {},
+    "thresholds": {},
+    "min_tokens": {},
+    "merge": "",
+    "cip": True,
+    "cit": True,
+    "token_score": "",
+}
+"""What a plan must hold, with a value of the type; later keys are optional."""
 _WIDEST = (("F32", torch.float32), ("BF16", torch.bfloat16), ("F16", torch.float16))
 
 
@@ -126,7 +139,7 @@ def load_pruned(
         dense = load_dense(model_class, directory, dtype).eval()
         return _share_(dense, directory) if shared else dense
     model: nn.Module = model_class(model_class.config_class.from_pretrained(directory))
-    plan = json.loads(plan_path.read_text())
+    plan = _read_plan(plan_path)
     later = ("token_threshold", "causal_mean", "head_reduce", "unit")  # not in the oldest plans
     switches = Method(
         cip=plan["cip"],
@@ -152,6 +165,31 @@ def load_pruned(
     _load_strictly(model, directory / WEIGHTS)
     _cast_(model, _stored_in(directory / WEIGHTS) if dtype == "auto" else dtype)
     return _share_(model.eval(), directory) if shared else model.eval()
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    try:
+        plan: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointMismatch(f"{path} is no JSON ({error}); save the model again") from error
+    version, own = plan.get("version"), _PLAN["version"]
+    if version != own:
+        raise CheckpointMismatch(
+            f"{path} has version {version}, but this comp reads version {own}"
+        )
+    for key, kind in _PLAN.items():
+        if not isinstance(plan.get(key), type(kind)):
+            raise CheckpointMismatch(
+                f"{path} must give {key!r} as {type(kind).__name__}, but has {plan.get(key)!r}; "
+                "save the model again"
+            )
+    streams = [stream.value for stream in Stream]
+    for name in (*plan["thresholds"], *plan["min_tokens"]):
+        if name not in streams:
+            raise CheckpointMismatch(
+                f"{path} names the stream {name!r}, but there are {', '.join(streams)}"
+            )
+    return plan
 
 
 def _fitting_counts(

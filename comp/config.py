@@ -140,6 +140,8 @@ class PruningConfig:
         unit: Overrides the method's switch.
         rank_norm: ``"kind"`` standardises scores over all layers; ``"layer"`` divides them by
             their layer's mean before.
+        regrow: Choose among all units of a mode at every stage, those that earlier stages pruned
+            among them, so that a unit may come back. Needs ``shrink="end"``.
         modes: Restricts the run to these modes; ``None`` means all the family has.
         mask_site: ``"qkv"`` multiplies head masks into q, k and v (Eq. 2), ``"context"`` into
             the attention output.
@@ -205,6 +207,7 @@ class PruningConfig:
     head_reduce: Literal["max", "mean"] | None = None
     unit: Literal["head", "head_dim"] | None = None
     rank_norm: Literal["kind", "layer"] = "kind"
+    regrow: bool = False
     modes: tuple[str, ...] | None = None
     mask_site: Literal["qkv", "context"] = "qkv"
     merge: Literal["auto", "summary", "drop"] = "auto"
@@ -237,7 +240,7 @@ class PruningConfig:
     version: int = dataclasses.field(default=1, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ratios", tuple(self.ratios))
+        object.__setattr__(self, "ratios", _tuple_of_ratios(self.ratios))
         if self.modes is not None:
             object.__setattr__(self, "modes", tuple(str(mode) for mode in self.modes))
         self._check_ratios()
@@ -253,6 +256,7 @@ class PruningConfig:
                 f"init 'probe' gives first costs to the schedules mps, cas and cas_re, but method "
                 f"{self.method!r} has {self.switches.schedule!r}; use 'sweep'"
             )
+        self._check_regrow()
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate must divide batch_size ({self.batch_size}), but got {self.accumulate}"
@@ -282,6 +286,18 @@ class PruningConfig:
             raise ValueError(
                 f"schedule 'sine' searches for one ratio, but ratios is {self.ratios}; "
                 "start a run for each"
+            )
+
+    def _check_regrow(self) -> None:
+        if self.regrow and self.shrink != "end":
+            raise ValueError(
+                f"regrow brings masked units back, but shrink {self.shrink!r} removes them after "
+                "their stage; use shrink 'end'"
+            )
+        if self.regrow and self.switches.schedule == "sine":
+            raise ValueError(
+                "regrow is for stages of their own, but schedule 'sine' chooses among all units "
+                "at every stage anyway; leave regrow out"
             )
 
     def _check_choices(self) -> None:
@@ -336,6 +352,14 @@ class PruningConfig:
             if key not in known:
                 raise ValueError(f"unknown key {key!r} in a pruning config{nearest(key, known)}")
         return cls(**values)
+
+
+def _tuple_of_ratios(ratios: Any) -> tuple[float, ...]:
+    if not isinstance(ratios, list | tuple) or not all(
+        isinstance(ratio, int | float) and not isinstance(ratio, bool) for ratio in ratios
+    ):
+        raise ValueError(f"ratios must be a list of numbers in (0, 1), but got {ratios!r}")
+    return tuple(ratios)
 
 
 _SWITCHES = (

@@ -4,7 +4,7 @@
 ``detach`` restores them. Nothing is changed on classes, so two models in one process never meet.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -227,6 +227,16 @@ class PruningHandle:
             yield
         finally:
             self.thresholds = before
+
+    @contextmanager
+    def without_masks(self, groups: Collection[str]) -> Iterator[None]:
+        """Lets all units of some groups count as whole inside."""
+        before = self.masks
+        self.masks = {name: mask for name, mask in before.items() if name not in groups}
+        try:
+            yield
+        finally:
+            self.masks = before
 
     def plan(self) -> dict[str, Any]:
         """Returns what a fresh dense model needs to become this one, as JSON values."""

@@ -6,7 +6,7 @@ over all layers of the mode before the two are ranked together (UPop's unified r
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, get_args
 
 import torch
@@ -38,17 +38,20 @@ class UnitChoice:
     Attributes:
         units: Group name to the selected units.
         threshold: Standard score of the last selected unit (theta of a parameter mode).
-        macs: Mean multiply-adds per sample that go with them.
+        macs: Mean multiply-adds per sample that go with them, less those that come back.
+        returning: Group name to units that an earlier stage pruned and that come back.
     """
 
     units: dict[str, list[int]]
     threshold: float
     macs: float
+    returning: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
-        """Number of selected units."""
-        return sum(len(units) for units in self.units.values())
+        """Number of selected units, less those that come back."""
+        gone, back = self.units.values(), self.returning.values()
+        return sum(map(len, gone)) - sum(map(len, back))
 
 
 def mask_value(step: int, decay_steps: int) -> float:
@@ -140,6 +143,12 @@ def rank_scores(
     return list(map(RankedUnit, map(names.__getitem__, places), found, values[order].tolist()))
 
 
+def alive_only(ranking: Sequence[RankedUnit], masks: Mapping[str, Tensor]) -> list[RankedUnit]:
+    """Returns a ranking without its units at 0."""
+    alive = {name: (mask != 0).tolist() for name, mask in masks.items()}
+    return [e for e in ranking if e.group not in alive or alive[e.group][e.unit]]
+
+
 def _alive_units(group: UnitGroup, masks: Mapping[str, Tensor]) -> Tensor:
     if group.name in masks:
         return masks[group.name].cpu().nonzero().flatten()
@@ -200,6 +209,61 @@ def choose_units(
     return UnitChoice({name: sorted(u) for name, u in chosen.items()}, threshold, total)
 
 
+def exchange_units(
+    ranking: Sequence[RankedUnit],
+    groups: Mapping[str, UnitGroup],
+    masks: Mapping[str, Tensor],
+    unit_macs: Mapping[str, float],
+    quantum: float,
+    *,
+    min_heads: int,
+    min_channels: int,
+) -> UnitChoice | None:
+    """Takes units from the bottom of a ranking of all, so that units pruned earlier may come back.
+
+    Args:
+        ranking: Least important first, units at 0 among them.
+        groups: All unit groups by name.
+        masks: Masks that are in force, 0 or 1.
+        unit_macs: Mean multiply-adds of one unit, by group.
+        quantum: Multiply-adds to remove beyond those of the units at 0.
+        min_heads: Heads, or their dimensions, kept in every attention.
+        min_channels: Channels kept in every feed-forward layer.
+
+    Returns:
+        What changes, or ``None`` if a set of units chosen anew removes less than the quantum.
+
+    Source: Eq. (1) of CoMP (arXiv 2604.02956) taken at its word, and UPop (arXiv 2301.13741),
+    which selects anew at every update.
+    """
+    names = {entry.group for entry in ranking}
+    zeros = {
+        name: set((masks[name] == 0).nonzero().flatten().tolist()) for name in names & {*masks}
+    }
+    saved = sum(len(units) * unit_macs.get(name, 0.0) for name, units in zeros.items())
+    anew = choose_units(
+        ranking,
+        groups,
+        {name: groups[name].num_units for name in names},
+        unit_macs,
+        quantum + saved,
+        min_heads=min_heads,
+        min_channels=min_channels,
+    )
+    macs = anew.macs - saved
+    if macs < quantum * (1 - 1e-6):  # rounding of the sums
+        return None
+    going = {
+        name: [u for u in own if u not in zeros.get(name, ())] for name, own in anew.units.items()
+    }
+    returning = {name: sorted(own - {*anew.units.get(name, ())}) for name, own in zeros.items()}
+    return UnitChoice(_filled(going), anew.threshold, macs, _filled(returning))
+
+
+def _filled(units: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    return {name: own for name, own in units.items() if own}
+
+
 def floors(min_heads: int, min_channels: int) -> dict[UnitKind, int]:
     """Returns how many units of every kind a module keeps at least."""
     return {"head": min_heads, "head_dim": min_heads, "channel": min_channels}
@@ -219,6 +283,16 @@ def obtainable_macs(
         max(alive[group.name] - floor[group.kind], 0) * unit_macs.get(group.name, 0.0)
         for group in groups
     )
+
+
+def bring_back_(handle: PruningHandle, choice: UnitChoice) -> None:
+    """Sets the masks of the units that come back to 1, in place; masks of ones are dropped."""
+    for name, units in choice.returning.items():
+        mask = handle.masks[name].clone()
+        mask[torch.tensor(units, device=mask.device)] = 1.0
+        handle.masks[name] = mask
+        if bool((mask == 1).all()):
+            del handle.masks[name]
 
 
 def fade_(handle: PruningHandle, choice: UnitChoice, value: float) -> None:

@@ -16,7 +16,9 @@ from comp.handle import PruningHandle
 from comp.masks import (
     RankedUnit,
     UnitChoice,
+    alive_only,
     choose_units,
+    exchange_units,
     obtainable_macs,
     rank_scores,
     rank_units,
@@ -141,10 +143,11 @@ class Raising:
         removable = self._units_left(modes, fewest)
         highest = 1.0 - (fewest.macs - removable) / self._dense_macs
         if highest < ratio:
-            floors = "min_heads, min_channels, min_vision_tokens and min_text_tokens"
+            names = ("min_heads", "min_channels", "min_vision_tokens", "min_text_tokens")
+            floors = ", ".join(f"{name}={getattr(self._config, name)}" for name in names)
             raise BudgetUnreachable(
-                f"ratio {ratio} cannot be reached: with {floors} as set, {', '.join(modes)} reach "
-                f"at most {highest:.4f}; lower the ratio or the minima",
+                f"ratio {ratio} cannot be reached: with {floors}, the modes {', '.join(modes)} "
+                f"reach at most {highest:.4f}; lower the ratio or the minima",
                 highest,
             )
 
@@ -162,31 +165,39 @@ class Raising:
         return [group for group in self._handle.groups.values() if group.mode in modes]
 
     def _pick_units(self, modes: Sequence[PruningMode], quantum: float) -> UnitChoice:
-        ranking, cost = self._rank(self._groups(modes))
+        groups, handle = self._groups(modes), self._handle
+        minima = {"min_heads": self._config.min_heads, "min_channels": self._config.min_channels}
+        with handle.without_masks([g.name for g in groups] if self._config.regrow else []):
+            ranking, cost = self._rank(groups)
+        if self._config.regrow:
+            cost = self._measure()
+            anew = exchange_units(
+                ranking, handle.groups, handle.masks, cost.unit_macs, quantum, **minima
+            )
+            if anew is not None:
+                return anew
+            ranking = alive_only(ranking, handle.masks)
         return choose_units(
-            ranking,
-            self._handle.groups,
-            self._handle.alive(),
-            cost.unit_macs,
-            quantum,
-            min_heads=self._config.min_heads,
-            min_channels=self._config.min_channels,
+            ranking, handle.groups, handle.alive(), cost.unit_macs, quantum, **minima
         )
 
     def _rank(self, groups: list[UnitGroup]) -> tuple[list[RankedUnit], Measurement]:
         """Ranks units by the method's score and measures what they cost on the same samples."""
-        count, mixed = self._config.calibration_samples, self._config.autocast
         by_layer = self._config.rank_norm == "layer"
+        samples = self._samples("train", self._config.calibration_samples)
         if self._config.switches.parameter_score == "gradient":
-            scores = gradient_scores(self._handle, self._task, self._samples("train", count))
-            cost = measure_cost(
-                self._handle.model, self._task, self._samples("train", count), mixed=mixed
-            )
-            return rank_scores(groups, scores, self._handle.masks, by_layer=by_layer), cost
+            scores = gradient_scores(self._handle, self._task, samples)
+            ranking = rank_scores(groups, scores, self._handle.masks, by_layer=by_layer)
+            return ranking, self._measure()
         statistics, cost = collect_statistics(
-            self._handle, self._task, self._samples("train", count), mixed=mixed
+            self._handle, self._task, samples, mixed=self._config.autocast
         )
         return rank_units(groups, statistics, self._handle.masks, by_layer=by_layer), cost
+
+    def _measure(self) -> Measurement:
+        """What the model costs on the samples behind the scores."""
+        samples = self._samples("train", self._config.calibration_samples)
+        return measure_cost(self._handle.model, self._task, samples, mixed=self._config.autocast)
 
     def _samples(self, split: str, count: int) -> Iterator[Batch]:
         """The same first samples of a split every time, without augmentation."""

@@ -56,7 +56,7 @@ class StageRecord:
         mode_cost: The smoothed cost of the mode after this stage (R of Eq. 10).
         threshold: The mode's new threshold: theta of a token mode, or the standard score of the
             last pruned unit.
-        units: Heads and channels that the stage selected.
+        units: Heads and channels that the stage selected, less those that came back (``regrow``).
         tokens: Mean tokens that leave the last layer, by stream.
         seconds: Wall time of the stage.
         snapshot: The asked ratio that this stage reached, else ``None``.

@@ -20,7 +20,7 @@ from comp.evaluation import resolve_device
 from comp.finetune import make_optimizer, train_step
 from comp.handle import PruningHandle
 from comp.lookahead import trial_costs
-from comp.masks import UnitChoice, fade_, mask_value
+from comp.masks import UnitChoice, bring_back_, fade_, mask_value
 from comp.models import attach
 from comp.modes import PruningMode, Stream
 from comp.parking import ParkedModel
@@ -254,7 +254,7 @@ class StageLoop:
         """Trains for some steps while the chosen units fade; returns the mean loss.
 
         Args:
-            choice: Units whose masks end at 0.
+            choice: Units whose masks end at 0, and units that come back before the first step.
             steps: Optimizer steps; with none the units go at once and the loss is 0.
 
         Raises:
@@ -262,6 +262,7 @@ class StageLoop:
         """
         stage = len(self.stages) + 1
         decay = max(1, round(self.config.decay_share * steps))
+        bring_back_(self.handle, choice)
         batches = self.task.train_batches(
             batch_size=self.config.part_size,
             seed=self.config.seed,

@@ -212,6 +212,31 @@ def test_a_plan_that_does_not_fit_the_weights_is_refused(saved: Path) -> None:
         load_pruned(saved)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("version", 9, "has version 9, but this comp reads version 1"),
+        ("kept", None, "must give 'kept' as dict, but has None; save the model again"),
+        ("thresholds", {"sound": 0.5}, "names the stream 'sound', but there are vision, text"),
+    ],
+)
+def test_a_plan_that_comp_did_not_write_is_refused(
+    saved: Path, key: str, value: Any, said: str
+) -> None:
+    edit(saved / "pruning.json", **{key: value})
+    with pytest.raises(CheckpointMismatch, match=said):
+        load_pruned(saved)
+
+
+def test_a_plan_that_is_cut_off_is_refused(saved: Path) -> None:
+    text = (saved / "pruning.json").read_text()
+    (saved / "pruning.json").write_text(text[: len(text) // 2])
+    with pytest.raises(
+        CheckpointMismatch, match=r"pruning\.json is no JSON .*save the model again"
+    ):
+        load_pruned(saved)
+
+
 @pytest.mark.parametrize("counts", [{"vision": [4, 4]}, {"vision": [9, 0, 4]}, {"audio": [3]}])
 def test_fixed_token_counts_that_do_not_fit_are_refused(
     saved: Path, counts: dict[str, list[int]]

@@ -64,6 +64,12 @@ def test_a_ratio_in_per_cent_is_explained() -> None:
         PruningConfig(ratios=(85,))
 
 
+@pytest.mark.parametrize("ratios", [0.5, "0.5", ("0.5",), (None,), (True,)])
+def test_ratios_are_a_list_of_numbers(ratios: Any) -> None:
+    with pytest.raises(ValueError, match=r"ratios must be a list of numbers in \(0, 1\), but got"):
+        PruningConfig(ratios=ratios)
+
+
 @pytest.mark.parametrize("ratios", [(0.5, 0.3), (0.5, 0.5)])
 def test_ratios_ascend(ratios: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="ratios must ascend without repeats, but got"):

@@ -576,7 +576,7 @@ def test_units_left_over_by_small_steps_still_reach_a_steep_ratio() -> None:
 def test_an_unreachable_ratio_is_refused_before_any_training() -> None:
     pruner = pruner_of(ratios=(0.99,), min_heads=2, min_vision_tokens=8)
     weights = copy.deepcopy(pruner.model.state_dict())
-    with pytest.raises(BudgetUnreachable, match=r"ratio 0\.99 cannot be reached: with min_") as e:
+    with pytest.raises(BudgetUnreachable, match=r"ratio 0\.99 cannot .*with min_heads=2, ") as e:
         list(pruner.run())
     assert f"at most {e.value.highest:.4f}; lower the ratio" in str(e.value)
     assert 0.5 < e.value.highest < 0.99
