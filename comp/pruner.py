@@ -235,6 +235,7 @@ def prune(
     config: PruningConfig,
     *,
     model_name: str = "",
+    directory: str | Path | None = None,
     workers: Workers = ALONE,
 ) -> PruningResult:
     """Prunes a model to every asked ratio in one go.
@@ -244,6 +245,8 @@ def prune(
         task: Batches, loss and metric, for example from ``comp.build_task``.
         config: What to do.
         model_name: Written into the points.
+        directory: Where the state is saved after every stage, so that the same call goes on after
+            the last of them; without it a run that ends early leaves nothing.
         workers: The processes that do this together (``Workers.here()`` under ``torchrun``); all
             of them get the same result.
 
@@ -255,8 +258,13 @@ def prune(
         UnsupportedModelError: If no family knows the model's class.
         BudgetUnreachable: If the kept minima forbid a ratio.
         NanLoss: If the loss stops being finite.
+        CheckpointMismatch: If the directory's state is of another config or model.
     """
     pruner = Pruner(model, task, config, model_name=model_name, workers=workers)
+    if directory is not None and (Path(directory) / "state.json").is_file():
+        pruner.restore(directory)
     for _ in pruner.run():
-        pass
+        # Not after a point: whoever takes the state up makes its model again.
+        if directory is not None and pruner.finished_model is None and workers.is_first:
+            pruner.save(directory)
     return PruningResult(pruner.finished_model, pruner.stages, pruner.points)

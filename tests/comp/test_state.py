@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from comp.config import PruningConfig
-from comp.errors import CheckpointMismatch
-from comp.pruner import Pruner
+from comp.errors import CheckpointMismatch, NanLoss
+from comp.pruner import Pruner, prune
 from comp.results import CurvePoint, StageRecord
 from comp.state import record_from_dict, record_to_dict
+from comp.tasks.base import Batch
 from tests.tiny import FAMILIES, TinyTask
 
 CONFIG = PruningConfig(
@@ -190,3 +192,33 @@ def test_weights_that_do_not_fit_are_refused(saved: Path) -> None:
 def test_records_survive_json(record: StageRecord | CurvePoint) -> None:
     text = json.dumps(record_to_dict(record), allow_nan=False)
     assert record_from_dict(json.loads(text)) == record
+
+
+class FailingTask(TinyTask):
+    """Its training loss stops being a number after so many good ones."""
+
+    left = 10**9
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        self.left -= 1
+        return super().loss(model, batch) * (math.nan if self.left < 0 else 1.0)
+
+
+def test_prune_goes_on_after_the_last_good_stage_and_gives_the_model_again(tmp_path: Path) -> None:
+    clip, config = FAMILIES["clip"], dataclasses.replace(CONFIG, ratios=(0.1,), fine_tune_steps=1)
+    config = dataclasses.replace(config, modes=("vision_params",), test_samples=2)
+    task, found = FailingTask(clip, samples=4), []
+    task.left = 1
+    with pytest.raises(NanLoss, match="stage 2, step 1"):
+        prune(clip.build(0), task, config, directory=tmp_path)
+    task.left = 10**9
+    for directory in (None, tmp_path, tmp_path):  # at once, from stage 2 on, only the fine-tuning
+        begin = task.left
+        result = prune(clip.build(0), task, config, directory=directory)
+        with torch.no_grad():
+            found.append((clip.outputs(result.model, clip.batch(2, 0)), begin - task.left))
+        assert result.points[-1].ratio_reached == pytest.approx(0.1, abs=0.02)
+    (at_once, all_steps), (later, rest), (again, last) = found
+    assert torch.equal(later, at_once)
+    assert torch.equal(again, at_once)
+    assert (all_steps - rest, last) == (1, config.fine_tune_steps)
