@@ -24,8 +24,8 @@ from comp.evaluation import evaluate, resolve_device
 from comp.finetune import train_step
 from comp.handle import TEMPERATURE
 from comp.models import attach, detach
-from comp.models.blip_build import BlipShape, build_blip
-from comp.models.clip_build import build_clip
+from comp.models.blip_build import BlipShape
+from comp.models.build import build_small
 from comp.tasks import build_task, build_tokenizer
 from comp.tasks.base import PreparingTask, Task
 
@@ -48,7 +48,7 @@ class Recipe:
             NLVR2 only.
         seed: Seed of weights, data order and dropout.
         shape: Sizes of the model.
-        family: Family of the model, ``"blip"`` or ``"clip"``.
+        family: Family of the model, see ``comp.models.build``.
     """
 
     task: str
@@ -141,11 +141,9 @@ def train_dense(
     target = resolve_device(device)
     tokenizer = build_tokenizer()
     task = build_task(recipe.task, tokenizer=tokenizer, image_size=recipe.shape.image_size)
-    model: Any
-    if recipe.family == "clip":
-        model = build_clip(recipe.shape, tokenizer, seed=recipe.seed)
-    else:
-        model = build_blip(recipe.task, recipe.shape, tokenizer, seed=recipe.seed, init=init)
+    model: Any = build_small(
+        recipe.family, recipe.task, recipe.shape, tokenizer, seed=recipe.seed, init=init
+    )
     model.to(target)
     attach(model).stock_when_idle = False
     if isinstance(task, PreparingTask):
