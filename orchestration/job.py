@@ -19,6 +19,7 @@ from comp.results import CurvePoint, StageRecord
 
 JobKind = Literal["prune", "dense", "fine_tune"]
 FineTune = Literal["inline", "fork"]
+_CHOICES = {"kind": get_args(JobKind), "fine_tune": get_args(FineTune)}
 FailureKind = Literal[
     "algorithm", "memory", "infrastructure", "timeout", "storage", "cancelled", "preempted"
 ]
@@ -107,9 +108,9 @@ class Job:
     def __post_init__(self) -> None:
         check_name("run_id", self.run_id)
         check_name("study", self.study)
-        for name, choices in (("kind", JobKind), ("fine_tune", FineTune)):
-            if getattr(self, name) not in get_args(choices):
-                known = ", ".join(get_args(choices))
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                known = ", ".join(choices)
                 raise ValueError(f"{name} must be one of {known}, but got {getattr(self, name)!r}")
         if self.threads < 1:
             raise ValueError(f"threads must be at least 1, but got {self.threads}")

@@ -115,8 +115,9 @@ def resume(
 def status(name: str | None, everything: bool, root: str | None, as_json: bool) -> None:
     """Show the trials of a study, or all studies."""
     from studies.folder import StudyFolder
-    from studies.report import columns, trial_cells, trial_dict, value_text
+    from studies.report import trial_cells, trial_dict, value_text
     from studies.summary import summarize
+    from studies.text_table import columns
 
     if name is None:
         base = root or DEFAULT_ROOT

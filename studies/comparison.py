@@ -1,7 +1,6 @@
 """Runs side by side: the metric at asked ratios, mean and spread over seeds, area, differences."""
 
 import dataclasses
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -197,14 +196,15 @@ def compare_sources(
     _check_ratios(curves, ratios)
     at = tuple(ratios) or common_ratios(curves)
     span = common_span(curves)
-    groups: dict[str, list[Curve]] = {}
+    groups: dict[tuple[object, ...], list[Curve]] = {}
     for curve in curves:
         groups.setdefault(_key(curve, by), []).append(curve)
     read = {id(curve): _read(curve, at, span, metric) for curve in curves}
     rows = [_row(group, read, by) for group in groups.values()]
     reference = _find_baseline(rows, baseline)
     rows.sort(key=_by_area)
-    paired = [_pair(row, reference, read) for row in rows if row is not reference]
+    theirs = _by_seed(reference, read)
+    paired = [_pair(row, reference, theirs, read) for row in rows if row is not reference]
     return Comparison(
         sources=tuple(able),
         curves=tuple(curves),
@@ -225,7 +225,7 @@ def _by_area(row: ComparedRow) -> float:
 def _check_ratios(curves: Sequence[Curve], ratios: Sequence[float]) -> None:
     for ratio in ratios:
         if not any(covers(curve, ratio) for curve in curves):
-            highest = max(float(curve.ratios[-1]) for curve in curves)
+            highest = max(curve.ratios[-1] for curve in curves)
             raise ValueError(f"no run reaches ratio {ratio:g}; the highest is {highest:.3f}")
 
 
@@ -245,21 +245,19 @@ def common_span(curves: Sequence[Curve]) -> tuple[float, float]:
     Raises:
         ValueError: If there is none.
     """
-    low = max(float(curve.ratios[0]) for curve in curves)
-    high = min(float(curve.ratios[-1]) for curve in curves)
+    low = max(curve.ratios[0] for curve in curves)
+    high = min(curve.ratios[-1] for curve in curves)
     if not low < high:
         raise ValueError("the runs cover no common range of ratios; compare fewer of them")
     return low, high
 
 
-def _key(curve: Curve, by: By) -> str:
+def _key(curve: Curve, by: By) -> tuple[object, ...]:
     last = curve.last
     if by == "method":
-        return json.dumps([last.model, last.method])
-    settings = dict(curve.settings)
-    return json.dumps(
-        [curve.study, curve.trial, last.model, last.method, settings], sort_keys=True
-    )
+        return last.model, last.method
+    settings = frozenset(curve.settings.items())
+    return curve.study, curve.trial, last.model, last.method, settings
 
 
 def _read(
@@ -305,9 +303,11 @@ def _find_baseline(rows: Sequence[ComparedRow], name: str) -> ComparedRow:
     )
 
 
-def _pair(row: ComparedRow, reference: ComparedRow, read: Readings) -> PairedRow | None:
+def _pair(
+    row: ComparedRow, reference: ComparedRow, theirs: dict[int, list[float]], read: Readings
+) -> PairedRow | None:
     """Subtracts the baseline's mean from the row's, seed by seed; ``None`` if none is shared."""
-    mine, theirs = _by_seed(row, read), _by_seed(reference, read)
+    mine = _by_seed(row, read)
     seeds = sorted(mine.keys() & theirs.keys())
     if not seeds:
         return None

@@ -2,7 +2,7 @@
 
 from studies.comparison import ComparedRow, Comparison
 from studies.curves import pareto_curve_points
-from studies.report import columns
+from studies.text_table import columns
 
 MAX_ROWS = 40
 MAX_GAPS = 5
@@ -47,7 +47,7 @@ def _or_dash(value: object) -> str:
 
 def _gaps(comparison: Comparison) -> list[str]:
     short = [
-        f"-: {row.name} ends at ratio {min(float(c.ratios[-1]) for c in row.curves):.3f}"
+        f"-: {row.name} ends at ratio {min(c.ratios[-1] for c in row.curves):.3f}"
         for row in comparison.rows[:MAX_ROWS]
         if None in row.values
     ]

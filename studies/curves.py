@@ -5,6 +5,7 @@ ratio that was *reached*. Nothing is extrapolated beyond ``SLACK``.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from numpy.typing import NDArray
 
 from comp.results import CurvePoint
 from orchestration.store import Run
@@ -68,13 +68,13 @@ class Curve:
         return self.points[0] if self.points[0].method == "dense" else None
 
     @cached_property
-    def ratios(self) -> NDArray[np.float64]:
-        """Ratios reached, ascending, ``(P,)``."""
-        return np.array([point.ratio_reached for point in self.points])
+    def ratios(self) -> tuple[float, ...]:
+        """Ratios reached, ascending."""
+        return tuple(point.ratio_reached for point in self.points)
 
-    def values(self, metric: Metric = "val") -> NDArray[np.float64]:
-        """Returns the metric of every point, ``(P,)``."""
-        return np.array([float(getattr(point, metric)) for point in self.points])
+    def values(self, metric: Metric = "val") -> tuple[float, ...]:
+        """Returns the metric of every point."""
+        return tuple(float(getattr(point, metric)) for point in self.points)
 
 
 def value_at(curve: Curve, ratio: float, metric: Metric = "val") -> float:
@@ -83,7 +83,7 @@ def value_at(curve: Curve, ratio: float, metric: Metric = "val") -> float:
     Raises:
         ValueError: If the ratio is more than ``SLACK`` outside what the run covers.
     """
-    return float(_interpolate(curve, np.array([ratio]), metric)[0])
+    return _interpolate(curve, [ratio], metric)[0]
 
 
 def area(curve: Curve, low: float, high: float, metric: Metric = "val") -> float:
@@ -98,21 +98,34 @@ def area(curve: Curve, low: float, high: float, metric: Metric = "val") -> float
     if not low < high:
         raise ValueError(f"low must be below high, but got {low:g} and {high:g}")
     inner = [ratio for ratio in curve.ratios if low < ratio < high]
-    knots = np.array([low, *inner, high])
+    knots = [low, *inner, high]
     heights = _interpolate(curve, knots, metric)
-    return float(np.trapezoid(heights, knots) / (high - low))
+    pieces = zip(knots, heights, knots[1:], heights[1:], strict=False)  # the last knot begins none
+    return sum((x1 - x0) * (y1 + y0) / 2 for x0, y0, x1, y1 in pieces) / (high - low)
 
 
-def _interpolate(curve: Curve, ratios: NDArray[np.float64], metric: Metric) -> NDArray[np.float64]:
-    known = curve.ratios
-    if ratios.min() < known[0] - SLACK or ratios.max() > known[-1] + SLACK:
-        wrong = ratios.min() if ratios.min() < known[0] - SLACK else ratios.max()
+def _interpolate(curve: Curve, ratios: Sequence[float], metric: Metric) -> list[float]:
+    """Reads a curve at ratios; a curve has so few points that numpy would take longer."""
+    known, heights = curve.ratios, curve.values(metric)
+    lowest, highest = min(ratios), max(ratios)
+    if lowest < known[0] - SLACK or highest > known[-1] + SLACK:
+        wrong = lowest if lowest < known[0] - SLACK else highest
         raise ValueError(
             f"run {curve.run!r} covers ratios {known[0]:.3f} to {known[-1]:.3f}, so it has no "
             f"{metric} at {wrong:g}"
         )
-    heights: NDArray[np.float64] = np.interp(ratios, known, curve.values(metric))
-    return heights
+    return [_height_at(ratio, known, heights) for ratio in ratios]
+
+
+def _height_at(ratio: float, known: Sequence[float], heights: Sequence[float]) -> float:
+    """Reads straight lines between points at a ratio; beyond the ends, the height of the end."""
+    right = bisect_right(known, ratio)
+    if right == 0:
+        return heights[0]
+    x0, y0 = known[right - 1], heights[right - 1]
+    if right == len(known) or x0 == ratio:
+        return y0
+    return y0 + (heights[right] - y0) / (known[right] - x0) * (ratio - x0)
 
 
 def best_curve(curves: Sequence[Curve], ratio: float, metric: Metric = "val") -> Curve | None:
@@ -194,7 +207,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 def check_measured(curves: Sequence[Curve], metric: Metric) -> None:
     """Raises a ``ValueError`` if a point of some curve has no value of the metric."""
-    without = [curve.run for curve in curves if not np.isfinite(curve.values(metric)).all()]
+    without = [curve.run for curve in curves if not all(map(math.isfinite, curve.values(metric)))]
     if without:
         other = "val" if metric == "test" else "test"
         shown = ", ".join(without[:5]) + (", ..." if len(without) > 5 else "")

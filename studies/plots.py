@@ -222,7 +222,7 @@ def _line(
     order: int,
 ) -> None:
     axes.plot(
-        100 * curve.ratios,
+        [100 * ratio for ratio in curve.ratios],
         curve.values(metric),
         color=colour,
         marker=marker,

@@ -15,6 +15,7 @@ from studies.goals import Measure, objective_name
 from studies.run_index import read_point_runs
 from studies.spec import StudySpec
 from studies.summary import StudySummary, TrialSummary, summarize
+from studies.text_table import columns
 
 
 @dataclass(frozen=True)
@@ -316,12 +317,6 @@ def _row_cells(row: RatioRow) -> list[str]:
         f"{row.dense_latency_ms.mean:.1f} -> {row.latency_ms.mean:.1f}",
         f"{row.speed_up.mean:.2f}x",
     ]
-
-
-def columns(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the lines of a table of cells, right-aligned."""
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
 
 
 def _markdown_table(cells: Sequence[Sequence[str]]) -> list[str]:

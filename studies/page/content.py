@@ -30,8 +30,8 @@ def content_of(comparison: Comparison, *, num_images: int = 4) -> dict[str, Any]
     task = comparison.curves[0].last.task
     shown = [(i, curve) for i, row in enumerate(rows) for curve in row.curves][:MAX_CURVES]
     left = len(comparison.curves) - len(shown)
-    by_run = {source.name: source for source in comparison.sources}
-    best = [by_run[curve.run] for _, curve in shown]
+    owner = {id(source.curve): source for source in comparison.sources}  # names may be equal
+    best = [owner[id(curve)] for _, curve in shown]
     specs = differing_settings([curve for _, curve in shown])
     name = METRIC_NAMES.get(task, "metric")
     models = sorted({curve.last.model for curve in comparison.curves})
@@ -65,9 +65,14 @@ def content_of(comparison: Comparison, *, num_images: int = 4) -> dict[str, Any]
             ]
             for curve, p in pareto_curve_points(comparison.curves, metric)
         ],
-        "curves": [_curve(curve, i, specs[curve.run], metric) for i, curve in shown],
+        "curves": [
+            _curve(curve, i, spec, metric) for (i, curve), spec in zip(shown, specs, strict=True)
+        ],
         "modes": [mode.value for mode in PruningMode],
-        "runs": [_run(source, specs[source.name]) for source in best[:MAX_RUNS]],
+        "runs": [
+            _run(source, spec)
+            for source, spec in zip(best[:MAX_RUNS], specs[:MAX_RUNS], strict=True)
+        ],
         "importances": importances_of(comparison.sources),
         "examples": pictures_of(best, num_images),
         "made": "GFLOPs count a multiply-add as one. The numbers are those of the runs' "
@@ -85,8 +90,8 @@ def _subtitle(comparison: Comparison, left: int) -> str:
     return text
 
 
-def differing_settings(curves: Sequence[Curve]) -> dict[str, str]:
-    """Returns, by run, the settings in which the runs differ, in one line each."""
+def differing_settings(curves: Sequence[Curve]) -> list[str]:
+    """Returns, for every run, the settings in which the runs differ, in one line."""
     names = dict.fromkeys(name for curve in curves for name in curve.settings)
     hidden = {"model", "task", "method", "kind"}
     varied = [
@@ -94,12 +99,12 @@ def differing_settings(curves: Sequence[Curve]) -> dict[str, str]:
         for name in names
         if name not in hidden and len({curve.settings.get(name) for curve in curves}) > 1
     ]
-    return {
-        curve.run: ", ".join(
+    return [
+        ", ".join(
             f"{name} {_short(curve.settings[name])}" for name in varied if name in curve.settings
         )
         for curve in curves
-    }
+    ]
 
 
 def _short(value: str) -> str:

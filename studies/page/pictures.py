@@ -50,6 +50,7 @@ def _pictures(source: Source, directory: Path, name: str, num_images: int) -> di
         job.task,
         tokenizer=loaded.tokenizer,
         image_size=loaded.image_size,
+        transform=loaded.transform,
         data=Path(job.data) if job.data else None,
     )
     examples = kept_patches(loaded.model, task, num_images=num_images)

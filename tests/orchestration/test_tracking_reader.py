@@ -126,6 +126,7 @@ def answering(status: int, body: str) -> Iterator[str]:
         (404, "", r"is no MLflow tracking server \(its /version gives status 404\)"),
         (200, "<html>a bakery</html>", r"is no MLflow tracking server \(its /version is no ver"),
         (200, "1.30.0", r"runs MLflow 1\.30\.0, but this program reads 2\.x and 3\.x"),
+        (200, "4.0.0rc1", r"runs MLflow 4\.0\.0rc1, but .* 3\.x; compare run directories instead"),
     ],
 )
 def test_a_server_that_is_no_mlflow_of_ours_is_refused(

@@ -121,6 +121,17 @@ def test_every_run_is_there_with_seed_and_the_settings_that_differ(page: Path) -
     assert "batch_size" not in curves[0]["spec"]
 
 
+def test_runs_of_one_name_in_two_roots_are_told_apart(tmp_path: Path) -> None:
+    roots = [tmp_path / "one", tmp_path / "two"]
+    for root, data in zip(roots, (None, "another"), strict=True):
+        write_run(root, 0, seed=0, loss=5.0, data=data).finish()
+    found = compare_sources(find_sources([str(root) for root in roots], ""), [], "val")
+    content = content_of(found, num_images=0)
+    assert [run["run"] for run in content["runs"]] == ["r-0", "r-0"]
+    assert sorted(run["spec"] for run in content["runs"]) == ["data another", "data embedded"]
+    assert [run["spec"] for run in content["runs"]] == [c["spec"] for c in content["curves"]]
+
+
 def test_shares_of_removed_flops_add_up_over_the_modes() -> None:
     shares = removed_by_mode(stages(), make_point(0.0))
     assert shares == pytest.approx(

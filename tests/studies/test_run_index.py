@@ -1,6 +1,7 @@
 """The file that lets a large study be read in seconds, and the directories that are the truth."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -74,3 +75,16 @@ def test_a_removed_run_is_gone_and_a_missing_file_is_made_again(folder: StudyFol
     write_index(folder)
     assert (folder.path / INDEX).read_text().count("\n") == 3
     assert len(read_point_runs(folder)) == 3
+
+
+def test_a_line_that_is_like_a_torn_one_is_read_from_its_directory(folder: StudyFolder) -> None:
+    runs, path = read_point_runs(folder), folder.path / INDEX
+    lines = path.read_text().splitlines(keepends=True)
+    whole = [json.loads(line).get("key") for line in lines]
+    likes = [json.loads(line).get("like") for line in lines]
+    first = next(place for place, key in enumerate(whole) if key and likes.count(key) == 2)
+    assert len(lines[first]) > 1.5 * max(len(lines[place]) for place in range(4) if likes[place])
+    path.write_text("".join([*lines[:first], lines[first][:90] + "\n", *lines[first + 1 :]]))
+    assert read_point_runs(folder) == runs
+    write_index(folder)
+    assert sorted(path.read_text().splitlines(keepends=True)) == sorted(lines)
