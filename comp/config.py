@@ -5,6 +5,7 @@ This module imports no torch, so that a driver can validate a study in milliseco
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -330,6 +331,20 @@ class PruningConfig:
     def part_size(self) -> int:
         """Samples of one forward pass while training."""
         return self.batch_size // self.accumulate
+
+    def shared_by(self, num_workers: int) -> Self:
+        """Returns a config whose batches have a whole number of parts for each of some workers.
+
+        Raises:
+            ValueError: If a batch cannot be split so.
+        """
+        parts = math.lcm(self.accumulate, num_workers)
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be shared by {num_workers} workers in "
+                f"{parts} equal parts; make it a multiple of {parts}"
+            )
+        return dataclasses.replace(self, accumulate=parts)
 
     @property
     def quantum(self) -> float:

@@ -216,7 +216,12 @@ class Pruner(StageLoop):
 
 
 def evaluate_dense(
-    model: nn.Module, task: Task, config: PruningConfig, *, model_name: str = ""
+    model: nn.Module,
+    task: Task,
+    config: PruningConfig,
+    *,
+    model_name: str = "",
+    workers: Workers = ALONE,
 ) -> CurvePoint:
     """Measures a dense model: validation, test, cost, latency.
 
@@ -225,8 +230,9 @@ def evaluate_dense(
         task: The task.
         config: Subset sizes, device, seed.
         model_name: Written into the point.
+        workers: The processes that do this together.
     """
-    return Pruner(model, task, config, model_name=model_name)._measure_dense()
+    return Pruner(model, task, config, model_name=model_name, workers=workers)._measure_dense()
 
 
 def prune(

@@ -8,7 +8,6 @@ takes its share of the parts: the result is that of one process with as many par
 and, where a model has dropout, up to its random numbers.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -145,13 +144,7 @@ class Workers:
         Raises:
             ValueError: If a batch cannot be split so.
         """
-        parts = math.lcm(config.accumulate, self.size)
-        if config.batch_size % parts:
-            raise ValueError(
-                f"batch_size {config.batch_size} cannot be shared by {self.size} workers in "
-                f"{parts} equal parts; make it a multiple of {parts}"
-            )
-        return dataclasses.replace(config, accumulate=parts)
+        return config.shared_by(self.size)
 
 
 ALONE = Workers()

@@ -462,14 +462,20 @@ def use_of_resources() -> dict[str, tuple[float, float]]:
 
 
 def check_fits(resources: Resources) -> None:
-    """Refuses slots that no node of the cluster could ever hold.
+    """Refuses slots that no node of the cluster could ever hold, or all nodes for one's workers.
 
     Raises:
         ClusterError: With what is asked for and what the nodes have.
     """
     nodes = [node["Resources"] for node in _ray.nodes() if node["Alive"]]
-    if any(_holds(node, resources) for node in nodes):
+    held = sum(_num_held(node, resources) for node in nodes)
+    if held >= resources.workers:
         return
+    if held:
+        raise ClusterError(
+            f"a slot asks for {resources}, but {len(nodes)} nodes hold no more than {held} of "
+            "these; ask for fewer or add a node"
+        )
     largest: dict[str, float] = max(nodes, key=lambda node: node.get("CPU", 0.0), default={})
     parts = [f"{_amount(largest, n)} {unit}" for n, unit in _asked_for(resources).items()]
     raise ClusterError(
@@ -486,12 +492,12 @@ def describe_room(resources: Resources, num_slots: int) -> str:
     return f"{num_slots} slots of {resources} are asked for, and {', '.join(parts)} are free"
 
 
-def _holds(node: dict[str, float], resources: Resources) -> bool:
-    return (
-        node.get("CPU", 0.0) >= resources.cpus
-        and node.get("GPU", 0.0) >= resources.gpus
-        and node.get("memory", 0.0) >= (resources.memory_mib or 0) * 2**20
-    )
+def _num_held(node: dict[str, float], resources: Resources) -> int:
+    """Returns how many workers of a slot an empty node has room for, up to all of them."""
+    memory = (resources.memory_mib or 0) * 2**20
+    asked = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": memory}
+    rooms = [node.get(name, 0.0) // amount for name, amount in asked.items() if amount]
+    return int(min([resources.workers, *rooms]))
 
 
 def _asked_for(resources: Resources) -> dict[str, str]:

@@ -43,13 +43,17 @@ class Resources:
         cpus: CPU cores, fractions allowed.
         gpus: GPUs; a fraction is bookkeeping and shares one device.
         memory_mib: Host memory, ``None`` to not ask for any.
+        workers: Processes that share each job; each of them takes the amounts above.
     """
 
     cpus: float = 1.0
     gpus: float = 0.0
     memory_mib: int | None = None
+    workers: int = 1
 
     def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"workers must be at least 1, but got {self.workers}")
         for name, value in (("cpus", self.cpus), ("gpus", self.gpus)):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, but got {value}")
@@ -59,13 +63,19 @@ class Resources:
     def joined(self, other: Self) -> Self:
         """Returns what is enough for either."""
         memory = max(self.memory_mib or 0, other.memory_mib or 0) or None
-        return type(self)(max(self.cpus, other.cpus), max(self.gpus, other.gpus), memory)
+        return type(self)(
+            max(self.cpus, other.cpus),
+            max(self.gpus, other.gpus),
+            memory,
+            max(self.workers, other.workers),
+        )
 
     def __str__(self) -> str:
         parts = [f"{self.cpus:g} CPUs"]
         parts += [f"{self.gpus:g} GPUs"] if self.gpus else []
         parts += [f"{self.memory_mib} MiB of memory"] if self.memory_mib else []
-        return ", ".join(parts)
+        one = ", ".join(parts)
+        return one if self.workers == 1 else f"{self.workers} workers of {one} each"
 
 
 @dataclass(eq=False)

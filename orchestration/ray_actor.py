@@ -8,11 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from orchestration import worker
-from orchestration.job import FailureKind, Job, JobEnd
+from orchestration import gang, worker
+from orchestration.job import Failure, FailureKind, Job, JobEnd
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import TCPStore
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class PrunerActor:
         self._preempted = self._is_busy = False
         self._max_growth_mib = max_growth_mib
         self._first: dict[tuple[str, str, str | None], float] = {}  # MiB after the first such job
+        self._store: TCPStore | None = None
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
@@ -55,14 +60,37 @@ class PrunerActor:
         """Returns where this actor lives, once it has nothing else to do."""
         return Place(socket.gethostname(), os.getpid())
 
-    def run(self, job: Job) -> Iterator[worker.Item | Retire]:
+    def open_store(self) -> gang.Place:
+        """Returns where the peers of this actor find it."""
+        util: Any = ray.util
+        self._store = gang.open_store(util.get_node_ip_address())
+        return self._store.host, self._store.port
+
+    def run(self, job: Job, seat: gang.Seat | None = None) -> Iterator[worker.Item | Retire]:
         """Yields the job's stream; see ``worker.run``."""
-        self._is_busy = True
-        try:
+        with self._at_work(seat):
             for item in worker.run(job, stop=self._stop):
                 if isinstance(item, JobEnd) and self._has_grown(job):
                     yield Retire()
                 yield item
+
+    def follow(self, job: Job, seat: gang.Seat, place: gang.Place) -> Failure | None:
+        """Does a peer's part of the job; see ``worker.follow``."""
+        if self._store is None:
+            self._store = gang.find_store(place)
+        with self._at_work(seat):
+            return worker.follow(job, stop=self._stop)
+
+    @contextlib.contextmanager
+    def _at_work(self, seat: gang.Seat | None) -> Iterator[None]:
+        self._is_busy = True
+        try:
+            if seat is None:
+                yield
+            else:
+                assert self._store is not None
+                with gang.group(self._store, seat):
+                    yield
         finally:
             self._is_busy = False
 

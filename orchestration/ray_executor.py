@@ -39,6 +39,7 @@ from orchestration.executor import (
 )
 from orchestration.job import Failure, FailureKind, Fork, Job, Notice, Suspended
 from orchestration.ray_actor import Place, PrunerActor, Retire
+from orchestration.ray_crew import Crew, last_line
 from orchestration.retry import RULES, Retries, Rule, describe_kill, spoils_process
 from orchestration.storage import StorageError
 from orchestration.store import write_failure
@@ -53,10 +54,10 @@ RESTART_PAUSE = 1.0  # seconds before another actor is started after one that di
 
 @dataclass(eq=False)
 class _Slot:
-    """An actor and what it is doing.
+    """An actor, with its peers, and what it is doing.
 
     Attributes:
-        actor: Ray's handle.
+        crew: The actor and its peers.
         size: What it asks of the cluster.
         since: Monotonic time of its start, or of the last sign of life while it runs a job.
         place: Where it lives, once it has answered.
@@ -67,7 +68,7 @@ class _Slot:
         retires: Whether it has grown too large to take another.
     """
 
-    actor: Any
+    crew: Crew
     size: Resources
     since: float
     place: Place | None = None
@@ -145,12 +146,8 @@ class RayExecutor:
             check_fits(resources)
 
     def _start(self, size: Resources) -> None:
-        asked: dict[str, Any] = {"num_cpus": size.cpus, "num_gpus": size.gpus}
-        if size.memory_mib:
-            asked["memory"] = size.memory_mib * 2**20
-        remote: Any = ray.remote(max_restarts=0, max_task_retries=0, **asked)(self._actor_class)
-        slot = _Slot(remote.remote(self._max_growth_mib), size, time.monotonic())
-        self._starting[slot.actor.where.remote()] = slot
+        crew = Crew(self._actor_class, size, self._max_growth_mib)
+        self._starting[crew.where()] = _Slot(crew, size, time.monotonic())
 
     @property
     def num_slots(self) -> int:
@@ -205,6 +202,7 @@ class RayExecutor:
         """
         self._head.check()
         self._drop_silent()
+        self._drop_torn()
         self._top_up()
         self._dispatch()
         waiting = [*self._busy, *self._starting]
@@ -256,7 +254,7 @@ class RayExecutor:
             is_spare = slot.size not in pending and (is_full or late not in (None, slot.size))
             if is_spare or self._must_go(slot):
                 self._idle.remove(slot)
-                _kill(slot)
+                slot.crew.end()
 
     @property
     def _num_actors(self) -> int:
@@ -329,7 +327,7 @@ class RayExecutor:
             is_new = slot.place is None
             slot.place = ray.get(reference)
         except RayError as error:
-            _log.warning("a worker did not start: %s", _last_line(error))
+            _log.warning("a worker did not start: %s", last_line(error))
             self._next_start = time.monotonic() + RESTART_PAUSE
             return
         self._last_progress = time.monotonic()
@@ -343,14 +341,15 @@ class RayExecutor:
             slot = self._take_idle(handle.job)
             slot.handle, slot.since = handle, time.monotonic()
             slot.num_jobs, slot.num_items = slot.num_jobs + 1, 0
-            stream = slot.actor.run.options(num_returns="streaming").remote(handle.job)
+            stream = slot.crew.run(handle.job)
             self._busy[stream] = slot
             self._outbox.append(self._started(handle, slot))
 
     def _started(self, handle: Handle, slot: _Slot) -> Event:
         head, attempt = self._family.head(handle), handle.job.attempt
         if head is handle:
-            return Event(head, Notice("started", f"runs in {slot.place}", attempt))
+            peers = f" with {slot.crew.num_peers} more" if slot.crew.num_peers else ""
+            return Event(head, Notice("started", f"runs in {slot.place}{peers}", attempt))
         text = f"ratio {handle.job.ratio:g} is fine-tuned in {slot.place}"
         return Event(head, Notice("forked", text, attempt))
 
@@ -382,11 +381,7 @@ class RayExecutor:
         try:
             item: worker.Item | Retire = ray.get(next(stream))
             slot.num_items += 1
-            if isinstance(item, Failure) and item.kind == "preempted":
-                self._lose(stream, "its machine is being taken away", "preempted")
-                return
-            if isinstance(item, Failure) and item.kind == "memory":
-                self._lose(stream, item.message, "memory", cause=item)
+            if isinstance(item, Failure) and self._is_lost(stream, slot.crew.cause(item)):
                 return
             if isinstance(item, Retire):
                 slot.retires = True
@@ -400,7 +395,7 @@ class RayExecutor:
         except StreamBroken as error:
             self._lose(stream, f"its stream is broken: {error}")
         except RayTaskError as error:
-            self._lose(stream, f"it failed outside the run: {_last_line(error)}")
+            self._lose(stream, f"it failed outside the run: {last_line(error)}")
         except OutOfMemoryError as error:  # Ray ends a process before its machine is full
             self._lose(stream, describe_kill(str(error)), "memory")
         except RayError as error:
@@ -408,7 +403,7 @@ class RayExecutor:
             # no fault of the job. New workers have done none, so this cannot go on for ever.
             was_idle = isinstance(error, ActorDiedError) and slot.num_jobs > 1 > slot.num_items
             kind: FailureKind = "preempted" if was_idle else "infrastructure"
-            self._lose(stream, _last_line(error), kind)
+            self._lose(stream, last_line(error), kind)
         else:
             if event and slot.handle.done:
                 handle = slot.handle
@@ -417,6 +412,22 @@ class RayExecutor:
                 self._book_off(handle, event)
             elif event and not self._family.is_fork(slot.handle):
                 self._outbox.append(event)
+
+    def _is_lost(self, stream: Any, failure: Failure) -> bool:
+        """Gives a worker up whose job may go on elsewhere, or whose peer says why it does not."""
+        if failure.kind == "preempted":
+            self._lose(stream, "its machine is being taken away", "preempted")
+        elif failure.kind in ("memory", "infrastructure"):
+            self._lose(stream, failure.message, failure.kind, cause=failure)
+        else:
+            return False
+        return True
+
+    def _drop_torn(self) -> None:
+        """Gives up workers of which a peer is gone; they themselves may take long to notice."""
+        for stream, slot in list(self._busy.items()):
+            if failure := slot.crew.lost_peer():
+                self._lose(stream, failure.message, failure.kind)
 
     def _branch(self, stream: Any, handle: Handle, item: Fork | Suspended) -> None:
         """Queues a fork before the jobs that have not begun, or frees its job's worker."""
@@ -440,7 +451,7 @@ class RayExecutor:
             or self._must_go(slot)
             or (self._recycle_after and slot.num_jobs >= self._recycle_after)
         ):
-            _kill(slot)
+            slot.crew.end()
         else:
             self._idle.append(slot)
 
@@ -467,7 +478,7 @@ class RayExecutor:
         slot = self._busy.pop(stream)
         handle = slot.handle
         assert handle is not None
-        _kill(slot)
+        slot.crew.end()
         retries = self._retries[handle]
         _log.debug("%s lost %s: %s", handle.job.run_id, slot.place, reason)
         if again := retries.next(handle.job, kind):
@@ -500,7 +511,7 @@ class RayExecutor:
         for reference, slot in list(self._starting.items()):
             if slot.place and now - slot.since > self._cancel_grace:
                 del self._starting[reference]
-                _kill(slot)
+                slot.crew.end()
 
     def _check_room(self) -> None:
         """Stops waiting for workers that do not come.
@@ -543,7 +554,7 @@ class RayExecutor:
                 del self._busy[stream]
                 ray.cancel(stream)
                 slot.handle, slot.since = None, time.monotonic()
-                self._starting[slot.actor.where.remote()] = slot
+                self._starting[slot.crew.where()] = slot
 
     def hold(self, study: str) -> AbstractContextManager[None]:
         """Keeps other drivers of the cluster off a study.
@@ -559,7 +570,7 @@ class RayExecutor:
         self._head.stop()
         if ray.is_initialized() and not self._head.is_lost:
             for slot in slots:
-                _kill(slot)
+                slot.crew.end()
         for collection in (self._starting, self._idle, self._busy, self._pending, self._retries):
             collection.clear()
         self._family.clear()
@@ -570,16 +581,3 @@ class RayExecutor:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-def _kill(slot: _Slot) -> None:
-    with contextlib.suppress(RayError, ValueError):
-        ray.kill(slot.actor)
-
-
-def _last_line(error: Exception) -> str:
-    """Returns the telling line of one of Ray's long messages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, RayTaskError):
-        return lines[-1]
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from comp.errors import WorkerLost
 from orchestration.job import FailureKind, Job
 from orchestration.storage import StorageError
 
@@ -106,6 +107,8 @@ def kind_of(error: Exception) -> FailureKind:
     """
     if isinstance(error, StorageError):
         return "storage"
+    if isinstance(error, WorkerLost):
+        return "infrastructure"
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return "memory"
     is_torch = isinstance(error, RuntimeError)

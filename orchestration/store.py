@@ -166,11 +166,19 @@ class RunDirectory:
         Raises:
             FileNotFoundError: If no record came with one.
         """
+        with self.storage.tree(self.latest_state_name()) as path:
+            yield path
+
+    def latest_state_name(self) -> str:
+        """Returns the name of the newest checkpoint in the directory.
+
+        Raises:
+            FileNotFoundError: If no record came with one.
+        """
         names = self.storage.names("state")
         if not names:
             raise FileNotFoundError(f"{self.storage.location} has no checkpoint")
-        with self.storage.tree(f"state/{names[-1]}") as path:
-            yield path
+        return f"state/{names[-1]}"
 
     def finish(self) -> JobEnd:
         """Writes the tables and the report, the manifest last, and clears checkpoints away."""

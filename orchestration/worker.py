@@ -5,12 +5,13 @@ import copy
 import functools
 import gc
 import importlib
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comp.results import CurvePoint, Snapshot
+from comp.results import CurvePoint, Snapshot, StageRecord
 from orchestration import forks
 from orchestration.job import Failure, FailureKind, Fork, Job, JobEnd, Record, Suspended
 from orchestration.retry import describe_memory, kind_of
@@ -71,6 +72,28 @@ def run(job: Job, *, stop: Callable[[], FailureKind | None] = lambda: None) -> I
         yield failure
 
 
+def follow(job: Job, *, stop: Callable[[], FailureKind | None] = lambda: None) -> Failure | None:
+    """Does the part of a worker that is not the first of a job, and writes nothing.
+
+    Args:
+        job: The job that the first worker runs.
+        stop: Asked between two records; a kind ends this worker's part.
+
+    Returns:
+        Why it left; ``None`` if there is nothing left to do.
+    """
+    # Nobody's until it is opened: whatever would write into it raises.
+    directory = RunDirectory(job, Storage(job.run_dir))
+    try:
+        for _ in _runner(job.runner)(job, directory):
+            kind = stop()
+            if kind is not None:
+                return Failure(kind, "stopped between two records")
+    except Exception as error:
+        return _failure(job, error)
+    return None
+
+
 def _failure(job: Job, error: Exception) -> Failure:
     kind = kind_of(error)
     plain = str(error) or type(error).__name__
@@ -106,8 +129,10 @@ def prune(job: Job, directory: RunDirectory) -> Iterator[Record | Fork | Suspend
     """
     import torch
 
+    from comp.workers import Workers
+
     torch.set_num_threads(job.threads)
-    if job.kind == "prune" and forks.is_over(directory):
+    if job.kind == "prune" and Workers.here().is_first and forks.is_over(directory):
         yield from _wait_for_forks(directory)
         return
     loaded, task = load(job.model, job.task, job.data, job.trust_remote_code)
@@ -121,7 +146,11 @@ def work_on(
     job: Job, directory: RunDirectory, loaded: "LoadedModel", task: "Task"
 ) -> Iterator[Record | Fork | Suspended]:
     """Does what ``prune`` does with a model and a task that are loaded; both stay as they are."""
-    if job.kind == "dense":
+    from comp.workers import Workers
+
+    if not Workers.here().is_first:
+        yield from work_along(job, directory, loaded, task)
+    elif job.kind == "dense":
         yield from measure_dense(job, directory, loaded, task)
     elif job.kind == "fine_tune":
         yield from fine_tune_snapshot(job, directory, loaded, task)
@@ -129,16 +158,67 @@ def work_on(
         yield from prune_loaded(job, directory, loaded, task)
 
 
+def work_along(
+    job: Job, directory: RunDirectory, loaded: "LoadedModel", task: "Task"
+) -> Iterator[Record]:
+    """Shares the work of the job's first worker: the same loop, of which nothing is kept.
+
+    Yields:
+        A record wherever the first worker may have one.
+
+    Raises:
+        WorkerLost: If the first worker has ended, or another is gone.
+    """
+    if job.kind == "dense":
+        bodies: Iterator[StageRecord | CurvePoint] = iter([_dense_point(job, loaded, task)])
+    else:
+        bodies = _shared_bodies(job, directory, loaded, task)
+    for index, body in enumerate(bodies):
+        yield Record(index, body, time.time(), job.attempt)
+
+
+def _shared_bodies(
+    job: Job, directory: RunDirectory, loaded: "LoadedModel", task: "Task"
+) -> Iterator[StageRecord | CurvePoint]:
+    pruner = new_pruner(job, loaded, task)
+    if job.kind == "fine_tune":
+        yield _finish_snapshot(job, pruner)
+        return
+    _take_up(pruner, directory.storage)
+    for body in pruner.trajectory():
+        if not isinstance(body, Snapshot):
+            yield body
+        elif job.fine_tune == "inline":
+            yield pruner.finish(body.ratio)
+
+
+def _take_up(pruner: "Pruner", storage: Storage, state: str | None = None) -> None:
+    """Lets all workers of a run go on from the state that the first one names, if it does."""
+    state = pruner.handle.workers.first(state)
+    if state is not None:
+        with storage.tree(state) as path:
+            pruner.restore(path)
+
+
 def measure_dense(
     job: Job, directory: RunDirectory, loaded: "LoadedModel", task: "Task"
 ) -> Iterator[Record]:
     """Yields the point of a dense model, which stays as it is, unless it is on disk already."""
-    from comp.pruner import evaluate_dense
-
     if not directory.records:
-        model = copy.deepcopy(loaded.model)
-        config = job.pruning_config
-        yield directory.append(evaluate_dense(model, task, config, model_name=loaded.name))
+        yield directory.append(_dense_point(job, loaded, task))
+
+
+def _dense_point(job: Job, loaded: "LoadedModel", task: "Task") -> CurvePoint:
+    from comp.pruner import evaluate_dense
+    from comp.workers import Workers
+
+    return evaluate_dense(
+        copy.deepcopy(loaded.model),
+        task,
+        job.pruning_config,
+        model_name=loaded.name,
+        workers=Workers.here(),
+    )
 
 
 def prune_loaded(
@@ -161,9 +241,8 @@ def prune_loaded(
     """
     if not forks.is_over(directory):
         pruner = new_pruner(job, loaded, task)
-        if directory.records:
-            with directory.latest_state() as state:
-                pruner.restore(state)
+        state = directory.latest_state_name() if directory.records else None
+        _take_up(pruner, directory.storage, state)
         yield from forks.go_on_with(directory)
         for body in pruner.trajectory():
             if not isinstance(body, Snapshot):
@@ -193,20 +272,27 @@ def fine_tune_snapshot(
     """
     if directory.records:
         return
-    assert job.ratio is not None
-    pruner, trajectory = new_pruner(job, loaded, task), Storage(forks.trajectory_of(job))
-    with trajectory.tree(f"{FORKS}/{forks.ratio_name(job.ratio)}/{forks.SNAPSHOT}") as state:
-        pruner.restore(state)
-    point = pruner.finish(job.ratio)
+    pruner = new_pruner(job, loaded, task)
+    point = _finish_snapshot(job, pruner)
     save = _saver(job, loaded, pruner, point)
     directory.check_still_owned()
-    trajectory.write_tree(f"model/{forks.ratio_name(job.ratio)}", save)
+    name = f"model/{forks.ratio_name(point.ratio_asked)}"
+    Storage(forks.trajectory_of(job)).write_tree(name, save)
     yield directory.append(point)
+
+
+def _finish_snapshot(job: Job, pruner: "Pruner") -> CurvePoint:
+    assert job.ratio is not None
+    name = f"{FORKS}/{forks.ratio_name(job.ratio)}/{forks.SNAPSHOT}"
+    with Storage(forks.trajectory_of(job)).tree(name) as state:
+        pruner.restore(state)
+    return pruner.finish(job.ratio)
 
 
 def new_pruner(job: Job, loaded: "LoadedModel", task: "Task") -> "Pruner":
     """Returns a pruner of a copy of a loaded model, at its beginning."""
     from comp.pruner import Pruner
+    from comp.workers import Workers
 
     return Pruner(
         copy.deepcopy(loaded.model),
@@ -215,6 +301,7 @@ def new_pruner(job: Job, loaded: "LoadedModel", task: "Task") -> "Pruner":
         model_name=loaded.name,
         dense=CurvePoint.from_dict(job.dense) if job.dense else None,
         dense_model=loaded.model,
+        workers=Workers.here(),
     )
 
 

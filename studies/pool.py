@@ -42,16 +42,17 @@ def slot_sizes(spec: StudySpec) -> dict[tuple[str, str, str | None], Resources]:
     for name in spec.cells:
         there = spec.in_cell(name)
         asked, peak = there.resources, read_peak(spec.root, first_job(there))
-        gpus = gpu_share(total_gpus(), spec.parallel) if asked.gpus == "auto" else asked.gpus
-        size = Resources(asked.cpus, gpus, peak.request_mib if peak else None)
+        num_workers = spec.parallel * asked.workers
+        gpus = gpu_share(total_gpus(), num_workers) if asked.gpus == "auto" else asked.gpus
+        size = Resources(asked.cpus, gpus, peak.request_mib if peak else None, asked.workers)
         key = there.model, there.task, there.data
         sizes[key] = size.joined(sizes.get(key, size))
     return sizes
 
 
-def gpu_share(num_gpus: float, parallel: int) -> float:
-    """Returns what each of several runs may take so that all of them run at once.
+def gpu_share(num_gpus: float, num_workers: int) -> float:
+    """Returns what each of several workers may take so that all of them run at once.
 
     Whole GPUs where there are enough, else equal shares of one; 0 where there is none.
     """
-    return 1 / math.ceil(parallel / num_gpus) if num_gpus >= 1 else 0.0
+    return 1 / math.ceil(num_workers / num_gpus) if num_gpus >= 1 else 0.0

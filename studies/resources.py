@@ -24,8 +24,11 @@ class ResourcesSection(Section):
         gpus: GPUs, or a share of one; ``"auto"`` shares what the cluster has among the runs that
             go on at a time, and asks for none where there is none.
         threads: CPU threads of torch.
+        workers: Processes that share the samples of one run, each with the amounts above and the
+            whole model; Ray finds room for all of them at once.
     """
 
     cpus: Annotated[Number, Field(gt=0)] = 1.0
     gpus: Annotated[Literal["auto"] | float, PlainValidator(_read_gpus)] = "auto"
     threads: Annotated[int, Field(strict=True, ge=1, le=1024)] = 1
+    workers: Annotated[int, Field(strict=True, ge=1, le=1024)] = 1

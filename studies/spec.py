@@ -218,7 +218,9 @@ class StudySpec(RunSpec):
         if CELL in self.space and self.matrix is None:
             raise ValueError(f"space.{CELL} needs a matrix beside it, whose cells it chooses from")
         for cell in self.cells:
-            check_space(self.in_cell(cell).pruning, self.space, max(ends))
+            there = self.in_cell(cell)
+            check_space(there.pruning, self.space, max(ends))
+            there.pruning.shared_by(there.resources.workers)
         check_pruner(self.pruner, len(self.objective), len(self.seeds))
         if isinstance(self.sampler, CmaesSampler) and len(self.objective) > 1:
             raise ValueError(

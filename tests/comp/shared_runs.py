@@ -1,5 +1,6 @@
 """What two workers do together in the tests; run as a program, this file is the second of them."""
 
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import distributed
 
@@ -35,6 +37,7 @@ CONFIG = PruningConfig(
     test_samples=4,
     device="cpu",
 )
+TIMES = ("seconds", "train_seconds", "eval_seconds", "latency_ms", "dense_latency_ms", "outcomes")
 Records = list[StageRecord | CurvePoint]
 
 
@@ -96,6 +99,30 @@ def together(rank: int, meeting: Path) -> dict[str, Any]:
         return {name: run(Workers.here()) for name, run in RUNS.items()}
     finally:
         distributed.destroy_process_group()
+
+
+def assert_close(own: object, other: object) -> None:
+    """Equal but for the rounding of sums, 1e-4 of the value, and for times."""
+    if isinstance(own, StageRecord | CurvePoint):
+        assert isinstance(other, type(own))
+        for field in dataclasses.fields(own):
+            if field.name not in TIMES:
+                assert_close(getattr(own, field.name), getattr(other, field.name))
+    elif isinstance(own, torch.Tensor):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+    elif isinstance(own, dict):
+        assert isinstance(other, dict)
+        assert own.keys() == other.keys()
+        for key, value in own.items():
+            assert_close(value, other[key])
+    elif isinstance(own, list | tuple):
+        assert isinstance(other, list | tuple)
+        for one, two in zip(own, other, strict=True):
+            assert_close(one, two)
+    elif isinstance(own, float):
+        assert own == pytest.approx(other, rel=1e-4, abs=1e-4)
+    else:
+        assert own == other
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Two processes that prune one small LLaVA together, against one that does it alone."""
 
-import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,11 +13,9 @@ from comp.config import PruningConfig
 from comp.cost import Meter, joined_meters
 from comp.handle import handle_of
 from comp.momentum import momentum_of
-from comp.results import CurvePoint, StageRecord
 from comp.workers import ALONE, Workers
 from tests.comp import shared_runs
-
-TIMES = ("seconds", "train_seconds", "eval_seconds", "latency_ms", "dense_latency_ms", "outcomes")
+from tests.comp.shared_runs import assert_close
 
 
 @pytest.fixture(scope="module")
@@ -36,30 +33,6 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
             second.kill()
             _, errors = second.communicate()
     assert second.returncode == 0, errors
-
-
-def assert_close(own: object, other: object) -> None:
-    """Equal but for the rounding of sums, 1e-4 of the value, and for times."""
-    if isinstance(own, StageRecord | CurvePoint):
-        assert isinstance(other, type(own))
-        for field in dataclasses.fields(own):
-            if field.name not in TIMES:
-                assert_close(getattr(own, field.name), getattr(other, field.name))
-    elif isinstance(own, torch.Tensor):
-        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
-    elif isinstance(own, dict):
-        assert isinstance(other, dict)
-        assert own.keys() == other.keys()
-        for key, value in own.items():
-            assert_close(value, other[key])
-    elif isinstance(own, list | tuple):
-        assert isinstance(other, list | tuple)
-        for one, two in zip(own, other, strict=True):
-            assert_close(one, two)
-    elif isinstance(own, float):
-        assert own == pytest.approx(other, rel=1e-4, abs=1e-4)
-    else:
-        assert own == other
 
 
 @pytest.mark.parametrize("name", shared_runs.RUNS)

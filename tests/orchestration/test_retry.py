@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from comp.errors import NanLoss
+from comp.errors import NanLoss, WorkerLost
 from orchestration.job import FailureKind
 from orchestration.retry import RULES, Retries, Retry, describe_kill, describe_memory, kind_of
 from orchestration.storage import StorageError
@@ -123,6 +123,10 @@ def test_a_full_gpu_counts_as_memory_and_keeps_its_figure(error: Exception) -> N
         (NanLoss("the training loss became nan in stage 3", 3), "algorithm"),
         (RuntimeError("shape mismatch"), "algorithm"),
         (ValueError("the word memory alone is no sign"), "algorithm"),
+        (
+            WorkerLost("another worker of the same run is gone (closed)"),
+            "infrastructure",
+        ),
         (StorageError("cannot write x: no space left on device"), "storage"),
     ],
 )

@@ -10,6 +10,7 @@ from studies.driver import run_study
 from studies.errors import SpecError
 from studies.folder import StudyFolder
 from studies.pool import slot_sizes
+from studies.presets import preset_path
 from studies.spec import StudySpec, spec_hash
 from studies.specfile import override, read_specs, spec_of, write_spec
 from studies.summary import summarize
@@ -56,6 +57,22 @@ def test_cells_of_one_model_ask_for_the_most_of_them(tmp_path: Path, ray_cluster
     spec = spec_of({**BOTH, "matrix": cells, "resources": {"gpus": 0.5}, "root": str(tmp_path)})
     assert isinstance(spec, StudySpec)
     assert [size.gpus for size in slot_sizes(spec).values()] == [2]
+
+
+def test_the_paper_asks_for_several_workers_for_llava_alone(
+    tmp_path: Path, ray_cluster: str
+) -> None:
+    workers = {}
+    for spec in read_specs(preset_path("paper-main"), (f"root={tmp_path}",)):
+        assert isinstance(spec, StudySpec)
+        workers |= {model: size.workers for (model, _, _), size in slot_sizes(spec).items()}
+    assert workers.pop("llava-hf/llava-1.5-7b-hf") == 4
+    assert set(workers.values()) == {1}
+
+
+def test_a_cell_whose_batches_its_workers_cannot_share_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size 32 cannot be shared by 3 workers"):
+        spec_of({**BOTH, "matrix": sized(resources={"workers": 3})})
 
 
 def test_a_study_of_a_cell_asks_for_what_the_cell_does(tmp_path: Path) -> None:
