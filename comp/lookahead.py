@@ -5,12 +5,20 @@ independent of each other and may run side by side.
 """
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from comp.modes import PruningMode
 
 if TYPE_CHECKING:
     from comp.stages import StageLoop
+
+
+class Trials(Protocol):
+    """Tries the live modes of a loop, here or elsewhere; like ``trial_costs``."""
+
+    def __call__(self, loop: "StageLoop", gap: float, steps: int) -> dict[str, float]:
+        """Returns the cost of every mode that has something to give, in the order of ``live``."""
+        ...
 
 
 def trial_cost(loop: "StageLoop", mode: PruningMode, gap: float, steps: int) -> float | None:
@@ -42,6 +50,6 @@ def trial_costs(loop: "StageLoop", gap: float, steps: int) -> dict[str, float]:
 
 
 def _fork(loop: "StageLoop") -> "StageLoop":
-    """Returns an independent copy that shares only the task, the yardstick and the config."""
-    shared = (loop.task, loop.yardstick, loop.config)
+    """Returns an independent copy; task, yardstick, config and who tries are shared."""
+    shared = (loop.task, loop.yardstick, loop.config, loop.trials)
     return copy.deepcopy(loop, {id(value): value for value in shared})

@@ -80,6 +80,14 @@ class Pruner(StageLoop):
         """The finished points, the dense model first."""
         return [record for record in self.records if isinstance(record, CurvePoint)]
 
+    @property
+    def trials_ahead(self) -> tuple[float, int] | None:
+        """Gap and steps of the trials that the next item opens with; ``None`` without any."""
+        if not self.records or self._num_passed == len(self.config.ratios):
+            return None
+        target = self.config.ratios[self._num_passed]
+        return None if self.has_reached(target) else self.trials_before(target)
+
     def run(self) -> Iterator[StageRecord | CurvePoint]:
         """Runs to the last asked ratio, or goes on after ``restore``.
 
@@ -112,7 +120,7 @@ class Pruner(StageLoop):
             self._measure_dense()
         while self._num_passed < len(self.config.ratios):
             target = self.config.ratios[self._num_passed]
-            if self._macs <= self._target_macs(target) + self._slack:
+            if self.has_reached(target):
                 self._num_passed += 1
                 yield Snapshot(target)
             else:

@@ -19,7 +19,7 @@ from comp.errors import BudgetUnreachable, NanLoss
 from comp.evaluation import resolve_device
 from comp.finetune import make_optimizer, train_step
 from comp.handle import PruningHandle
-from comp.lookahead import trial_costs
+from comp.lookahead import Trials, trial_costs
 from comp.masks import UnitChoice, bring_back_, fade_, mask_value
 from comp.models import attach
 from comp.modes import PruningMode, Stream
@@ -48,6 +48,7 @@ class StageLoop:
 
     Attributes:
         records: Everything that was finished.
+        trials: Who tries the modes before a stage that ``trials_before`` tells of.
 
     Raises:
         ValueError: If the config names a mode that the model does not have, or the workers cannot
@@ -105,6 +106,7 @@ class StageLoop:
         workers.share_(model)
         self.optimizer = make_optimizer(model, config)
         self.records: list[StageRecord | CurvePoint] = []
+        self.trials: Trials = trial_costs
         self._step = 0
         self._dense_macs = 0.0
         self._macs = 0.0
@@ -150,6 +152,22 @@ class StageLoop:
     @property
     def _slack(self) -> float:
         return self.config.tolerance * self._dense_macs
+
+    def has_reached(self, ratio: float) -> bool:
+        """Whether no stage is needed any more to get to a ratio."""
+        return self._macs <= self._target_macs(ratio) + self._slack
+
+    def trials_before(self, ratio: float) -> tuple[float, int] | None:
+        """Returns gap and steps of the trials that open the next stage, ``None`` without any.
+
+        Args:
+            ratio: The one that the stage is on its way to.
+        """
+        gap = self._macs - self._target_macs(ratio)
+        if isinstance(self.strategy, LookaheadStrategy):
+            return gap, self.config.lookahead_steps
+        probes = self.config.init == "probe" and not self.stages
+        return (gap, 0) if probes and isinstance(self.strategy, MultiModeStrategy) else None
 
     def measure_dense(self) -> Evaluation:
         """Takes the model as it is for the dense one; returns its verdict on validation."""
@@ -216,11 +234,12 @@ class StageLoop:
     def _choose_and_raise(self, ratio: float) -> tuple[str, Raise]:
         """Opens a stage; only if no mode can take a step that fits, one that overshoots may."""
         gap = self._macs - self._target_macs(ratio)
-        if isinstance(self.strategy, LookaheadStrategy):
-            self.strategy.offer(trial_costs(self, gap, self.config.lookahead_steps))
-        probes = self.config.init == "probe" and not self.stages
-        if probes and isinstance(self.strategy, MultiModeStrategy):
-            self.strategy.begin_with(trial_costs(self, gap, 0))
+        if (trials := self.trials_before(ratio)) is not None:
+            costs = self.trials(self, *trials)
+            if isinstance(self.strategy, LookaheadStrategy):
+                self.strategy.offer(costs)
+            elif isinstance(self.strategy, MultiModeStrategy):
+                self.strategy.begin_with(costs)
         raising = self.raising()
         for coarse in (False, True):
             refused: set[str] = set()
@@ -306,7 +325,7 @@ class StageLoop:
         self.strategy.record(modes, cost)
         assert self._cost is not None
         self._value, self._macs = self.yardstick.value_of(verdict), self._cost.macs
-        reached = self._macs <= self._target_macs(ratio) + self._slack
+        reached = self.has_reached(ratio)
         self._advance_fixed_strategy()
         return StageRecord(
             stage=len(self.stages) + 1,

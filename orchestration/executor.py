@@ -306,6 +306,8 @@ class InlineExecutor:
 
     def _take(self, handle: Handle, item: worker.Item) -> list[Event]:
         if isinstance(item, Fork):
+            if item.job.kind == "probe":  # for others to take over, and here is nobody else
+                return []
             fork = self._family.add(handle, item)
             self._waiting.extend([fork] if fork else [])
             return []

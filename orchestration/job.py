@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, get_args
 from comp.config import PruningConfig
 from comp.results import CurvePoint, StageRecord
 
-JobKind = Literal["prune", "dense", "fine_tune"]
+JobKind = Literal["prune", "dense", "fine_tune", "probe"]
 FineTune = Literal["inline", "fork"]
 _CHOICES = {"kind": get_args(JobKind), "fine_tune": get_args(FineTune)}
 FailureKind = Literal[
@@ -65,12 +65,15 @@ class Job:
         data: Data set directory, ``None`` for the embedded one.
         dense: ``CurvePoint.to_dict()`` of the dense reference, so that a study measures it once;
             ``None`` lets the run measure its own.
-        kind: ``"prune"``; ``"dense"`` for a run whose only record is the dense point; or
+        kind: ``"prune"``; ``"dense"`` for a run whose only record is the dense point;
             ``"fine_tune"`` for one that is forked off a pruning and has one point, see
-            ``orchestration/forks.py``.
+            ``orchestration/forks.py``; or ``"probe"`` for a trial of a stage, which has no record,
+            see ``orchestration/probes.py``.
         fine_tune: Whether a pruning fine-tunes at each ratio itself (``"inline"``) or forks a job
-            off for it and goes on (``"fork"``). Results are the same.
+            off for it and goes on (``"fork"``); then free workers take over trials of its stages,
+            too. Results are the same.
         ratio: What a fork fine-tunes at; ``None`` for the other kinds.
+        probe: What a probe tries and from which state; ``None`` for the other kinds.
         spec_text: The YAML a person could run again; written to ``spec.yaml`` as it is.
         threads: CPU threads of torch in the worker.
         attempt: 0 at first; raised by the executor each time the job is tried again.
@@ -98,6 +101,7 @@ class Job:
     kind: JobKind = "prune"
     fine_tune: FineTune = "inline"
     ratio: float | None = None
+    probe: dict[str, Any] | None = None
     spec_text: str = ""
     threads: int = 1
     attempt: int = 0

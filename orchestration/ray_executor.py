@@ -161,8 +161,9 @@ class RayExecutor:
 
     @property
     def _num_active(self) -> int:
-        """Jobs and forks that have a worker or wait for one."""
-        return len(self._retries) - self._family.num_suspended
+        """Jobs and forks that have a worker or wait for one; probes only take what is free."""
+        num_waiting_probes = sum(_is_probe(handle) for handle in self._pending)
+        return len(self._retries) - self._family.num_suspended - num_waiting_probes
 
     @property
     def places(self) -> list[tuple[Place, str | None]]:
@@ -343,7 +344,8 @@ class RayExecutor:
             slot.num_jobs, slot.num_items = slot.num_jobs + 1, 0
             stream = slot.crew.run(handle.job)
             self._busy[stream] = slot
-            self._outbox.append(self._started(handle, slot))
+            if not _is_probe(handle):
+                self._outbox.append(self._started(handle, slot))
 
     def _started(self, handle: Handle, slot: _Slot) -> Event:
         head, attempt = self._family.head(handle), handle.job.attempt
@@ -354,10 +356,14 @@ class RayExecutor:
         return Event(head, Notice("forked", text, attempt))
 
     def _next_pending(self) -> Handle | None:
-        """Takes the first job that an idle actor fits and that does not pause before a retry."""
+        """Takes the first job that an idle actor fits and that does not pause before a retry.
+
+        Probes come after all others.
+        """
         now, sizes = time.monotonic(), {slot.size for slot in self._idle}
         due = (handle for handle in self._pending if self._resting.get(handle, 0.0) <= now)
-        handle = next((one for one in due if self._size_of(one.job) in sizes), None)
+        fitting = (one for one in due if self._size_of(one.job) in sizes)
+        handle = min(fitting, key=_is_probe, default=None)
         if handle is not None:
             self._pending.remove(handle)
             self._resting.pop(handle, None)
@@ -412,6 +418,7 @@ class RayExecutor:
                 self._book_off(handle, event)
             elif event and not self._family.is_fork(slot.handle):
                 self._outbox.append(event)
+                self._drop_waiting_probes(slot.handle)
 
     def _is_lost(self, stream: Any, failure: Failure) -> bool:
         """Gives a worker up whose job may go on elsewhere, or whose peer says why it does not."""
@@ -435,7 +442,7 @@ class RayExecutor:
             fork = self._family.add(handle, item)
             if fork is not None:
                 self._retries[fork] = Retries(self._rules)
-                self._enqueue(fork)
+                self._enqueue(fork, first=not _is_probe(fork))
             return
         self._release(stream, recycle=False)
         if not self._family.suspend(handle):
@@ -461,7 +468,7 @@ class RayExecutor:
         if not self._family.is_fork(handle):
             self._drop_forks(handle)
             self._outbox.append(event)
-        elif isinstance(event.body, Failure):
+        elif isinstance(event.body, Failure) and not _is_probe(handle):
             self._stop(self._family.head(handle), event.body)
         elif (waiting := self._family.end(handle)) is not None:
             self._enqueue(waiting)
@@ -479,6 +486,9 @@ class RayExecutor:
         handle = slot.handle
         assert handle is not None
         slot.crew.end()
+        if _is_probe(handle):  # its trajectory does without
+            self._book_off(handle, Event(handle, Failure(kind, reason)))
+            return
         retries = self._retries[handle]
         _log.debug("%s lost %s: %s", handle.job.run_id, slot.place, reason)
         if again := retries.next(handle.job, kind):
@@ -543,6 +553,14 @@ class RayExecutor:
             if self._retries.pop(fork, None) is not None:
                 self._withdraw(fork)
 
+    def _drop_waiting_probes(self, handle: Handle) -> None:
+        """Forgets trials of a stage that is over."""
+        for fork in self._family.forks_of(handle):
+            if _is_probe(fork) and fork in self._pending:
+                self._withdraw(fork)
+                del self._retries[fork]
+                self._family.end(fork)
+
     def _withdraw(self, handle: Handle) -> None:
         """Takes a job from the queue, or from its worker as soon as that has finished a stage."""
         if handle in self._pending:
@@ -581,3 +599,7 @@ class RayExecutor:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _is_probe(handle: Handle) -> bool:
+    return handle.job.kind == "probe"

@@ -34,6 +34,7 @@ from orchestration.store_tables import (
 
 STATES_KEPT = 2
 FORKS = "forks"
+PROBES = "probes"
 
 Outcome = Literal["finished", "failed", "unfinished"]
 
@@ -200,7 +201,7 @@ class RunDirectory:
         }
         self._write_json("manifest.json", manifest)
         self.finished = True
-        for name in ("records", "state", FORKS, "owner.json"):
+        for name in ("records", "state", FORKS, PROBES, "owner.json"):
             self.storage.remove(name)
         return end
 
@@ -312,7 +313,7 @@ def _read_json(storage: Storage, name: str) -> dict[str, Any] | None:
 
 def _header(job: Job) -> dict[str, Any]:
     values = job.to_dict()
-    del values["spec_text"], values["attempt"], values["parts"]
+    del values["spec_text"], values["attempt"], values["parts"], values["probe"]
     return {
         "version": FORMAT_VERSION,
         "uid": uuid.uuid4().hex,

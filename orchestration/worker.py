@@ -12,8 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comp.results import CurvePoint, Snapshot, StageRecord
-from orchestration import forks
-from orchestration.job import Failure, FailureKind, Fork, Job, JobEnd, Record, Suspended
+from orchestration import forks, probes
+from orchestration.job import (
+    Failure,
+    FailureKind,
+    Fork,
+    Job,
+    JobEnd,
+    Record,
+    Suspended,
+    digest_of,
+)
 from orchestration.retry import describe_memory, kind_of
 from orchestration.storage import Storage, StorageError, last_name
 from orchestration.store import FORKS, Fenced, RunDirectory
@@ -46,6 +55,9 @@ def run(job: Job, *, stop: Callable[[], FailureKind | None] = lambda: None) -> I
         Fenced: If another worker took the run over.
     """
     directory: RunDirectory | None = None
+    if job.kind == "probe":
+        yield follow(job) or JobEnd(0, digest_of(()))
+        return
     try:
         directory = RunDirectory.open(job)
         # No "yield from" here: Ray drives generators with send(), which lists do not have.
@@ -73,11 +85,11 @@ def run(job: Job, *, stop: Callable[[], FailureKind | None] = lambda: None) -> I
 
 
 def follow(job: Job, *, stop: Callable[[], FailureKind | None] = lambda: None) -> Failure | None:
-    """Does the part of a worker that is not the first of a job, and writes nothing.
+    """Does what has no records of its own: a peer's part of a job, or a probe.
 
     Args:
-        job: The job that the first worker runs.
-        stop: Asked between two records; a kind ends this worker's part.
+        job: The probe, or the job that the first worker runs.
+        stop: Asked between two records; a kind ends a peer's part.
 
     Returns:
         Why it left; ``None`` if there is nothing left to do.
@@ -148,7 +160,9 @@ def work_on(
     """Does what ``prune`` does with a model and a task that are loaded; both stay as they are."""
     from comp.workers import Workers
 
-    if not Workers.here().is_first:
+    if job.kind == "probe":
+        probes.try_mode(job, new_pruner(job, loaded, task))
+    elif not Workers.here().is_first:
         yield from work_along(job, directory, loaded, task)
     elif job.kind == "dense":
         yield from measure_dense(job, directory, loaded, task)
@@ -244,7 +258,14 @@ def prune_loaded(
         state = directory.latest_state_name() if directory.records else None
         _take_up(pruner, directory.storage, state)
         yield from forks.go_on_with(directory)
-        for body in pruner.trajectory():
+        if job.fine_tune == "fork" and pruner.handle.workers.size == 1:
+            pruner.trials = probes.SharedTrials(directory)
+        trajectory = pruner.trajectory()
+        while True:
+            yield from probes.announce(directory, pruner)
+            body = next(trajectory, None)
+            if body is None:
+                break
             if not isinstance(body, Snapshot):
                 yield directory.append(body, save=pruner.save)
             elif job.fine_tune == "fork":

@@ -109,6 +109,22 @@ def prune_with_broken_forks(
     yield from prune_tiny(job, directory)
 
 
+def prune_once_a_probe_has_ended(
+    job: Job, directory: RunDirectory
+) -> Iterator[Record | Fork | Suspended]:
+    """The first stage waits until another worker has tried a mode; the file ``probed`` has all."""
+    done = Path(forks.trajectory_of(job) if job.kind == "probe" else job.run_dir, "probed")
+    deadline = time.monotonic() + 240
+    for item in prune_tiny(job, directory):
+        yield item
+        while isinstance(item, Fork) and item.job.kind == "probe" and not done.exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError("no other worker took a probe")
+            time.sleep(0.05)
+    if job.kind == "probe":
+        done.write_text(str(os.getpid()))
+
+
 def facts(records: tuple[Record, ...]) -> list[dict[str, object]]:
     """What must be equal between two runs: everything but clocks."""
     bodies = [record.body.to_dict() for record in records]
