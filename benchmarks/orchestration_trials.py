@@ -91,3 +91,11 @@ def warm_prune(job: Job, directory: RunDirectory) -> Iterator[Record | Fork | Su
     yield from worker.prune(job, directory)
     note = {"ready": ready, "memory": own_memory_mib(), "pid": os.getpid()}
     Path(job.run_dir).with_name(f"warm-{job.run_id}.json").write_text(json.dumps(note))
+
+
+def sleeping(job: Job, directory: RunDirectory) -> Iterator[Record]:
+    """The same records a second apart: to the driver it looks as if a GPU worked between them."""
+    records = noop(job, directory)
+    for _ in range(RECORDS):
+        time.sleep(1.0)
+        yield next(records)
