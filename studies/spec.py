@@ -66,7 +66,8 @@ class RunSpec(Section):
 
     Attributes:
         fine_tune: Where the model of each ratio is fine-tuned: ``"inline"`` between two stages of
-            its trajectory, or in a ``"fork"``, a job beside it. Results are the same.
+            its trajectory, or in a ``"fork"``, a job beside it; then free workers take over
+            trials of modes, too. Results are the same.
     """
 
     version: Literal[1] = 1
