@@ -8,14 +8,17 @@ and GPUs that are not there::
 
 Every GPU is a slot of the pool, and an actor, which is a real process. Jobs sleep for a second
 before each of their five records, as a GPU's work takes no processor time of the driver's
-machine either. There are four jobs a slot. Figures go to results/summary.json.
+machine either. There always is a next one until half a minute after the last slot has got its
+first. Figures go to results/summary.json.
 """
 
 import argparse
+import itertools
 import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
@@ -25,11 +28,11 @@ from summary import Row, replace_rows, show
 
 from comp.config import PruningConfig
 from orchestration.cluster import _on_loopback, connect, wait_for_nodes
-from orchestration.executor import Resources
+from orchestration.executor import Event, Resources
 from orchestration.job import Job, JobEnd, Notice, Record
 from orchestration.ray_executor import RayExecutor
 
-JOBS_A_SLOT, RECORDS = 4, 5
+RECORDS, WINDOW = 5, 30.0
 
 
 @contextmanager
@@ -74,45 +77,71 @@ def processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+@dataclass
+class Log:
+    """What happened when, in Unix time."""
+
+    first: dict[str, float] = field(default_factory=dict)  # job of every place
+    made: list[float] = field(default_factory=list)  # records, each after a second of sleep
+    num_ended: int = 0
+
+    def note(self, event: Event) -> None:
+        if isinstance(event.body, Notice):
+            assert event.body.kind == "started", event.body
+            self.first.setdefault(event.body.message, time.time())
+        elif isinstance(event.body, Record):
+            self.made.append(event.body.time)
+        self.num_ended += isinstance(event.body, JobEnd)
+
+    def window(self, num_slots: int) -> tuple[float, float] | None:
+        """From when to when every slot has work, once that is known."""
+        if len(self.first) < num_slots:
+            return None
+        begin = max(self.first.values())
+        return begin, begin + WINDOW
+
+
+def run_jobs(pool: RayExecutor, root: Path, log: Log, latency: RecordLatency) -> None:
+    """Runs jobs until all slots have been at work for long enough."""
+    numbers = itertools.count()
+
+    def fill() -> None:
+        window = log.window(pool.num_slots)
+        while pool.free_slots and (window is None or time.time() < window[1]):
+            pool.submit(make_job(root, next(numbers)))
+
+    fill()
+    for event in pool.events():
+        latency(event)
+        log.note(event)
+        fill()
+
+
 def measure(num_nodes: int, num_gpus: int) -> list[Row]:
-    """Runs all jobs on a cluster; returns its figures."""
-    latency, num_jobs = RecordLatency(), JOBS_A_SLOT * num_gpus
-    begun: list[float] = []
-    ends: list[float] = []
-    made: list[float] = []  # when each record was durable, after a second of sleep
+    """Runs jobs on a cluster; returns its figures."""
+    latency, log = RecordLatency(), Log()
     with scratch() as root, cluster_of(num_nodes, num_gpus) as up:
         before, begin, memory = processor_seconds(), time.time(), rss_mib()
         with RayExecutor(num_gpus, Resources(cpus=1, gpus=1), start_timeout=600) as pool:
-            for number in range(num_jobs):
-                pool.submit(make_job(root, number))
-            for event in pool.events():
-                latency(event)
-                body = event.body
-                if isinstance(body, Notice) and body.kind == "started":
-                    begun.append(time.time())
-                elif isinstance(body, Record):
-                    made.append(body.time)
-                elif isinstance(body, JobEnd):
-                    ends.append(time.time())
-                assert not isinstance(body, Notice) or body.kind == "started", body
+            run_jobs(pool, root, log, latency)
         used, grown = processor_seconds() - before, rss_mib() - memory
         offered = sum(node["Resources"].get("GPU", 0) for node in ray.nodes())
     assert offered == num_gpus, offered
-    assert len(ends) == num_jobs, ends
-    full, last = sorted(begun)[num_gpus - 1], sorted(begun)[-1]
-    # While every slot has a next job, whatever it does not sleep is the pool's cost.
-    slept = sum(max(0.0, min(one, last) - max(one - 1.0, full)) for one in made)
-    share = slept / (num_gpus * (last - full))
+    window = log.window(num_gpus)
+    assert window is not None
+    full, last = window
+    slept = sum(max(0.0, min(one, last) - max(one - 1.0, full)) for one in log.made)
+    share = slept / (num_gpus * WINDOW)
     how = (
-        f"{num_jobs} sleeping jobs of {RECORDS} records on {num_gpus} make-believe GPUs of "
-        f"{num_nodes} raylets, {MACHINE}"
+        f"{log.num_ended} sleeping jobs of {RECORDS} records on {num_gpus} make-believe GPUs of "
+        f"{num_nodes} raylets, one run, {MACHINE}"
     )
     seconds = sorted(latency.seconds)
     median = 1000 * seconds[len(seconds) // 2]
     figures = [
         ("nodes up", up, "s", "from nothing, one after the other"),
         ("all slots at work", full - begin, "s", "from the first submit; each slot is a process"),
-        ("busy share of slots", share, "", "from then to the last job's start"),
+        ("busy share of slots", share, "", f"in the {WINDOW:g} s after that"),
         (
             "record latency, median",
             median,
