@@ -33,7 +33,7 @@ def prune(
     as_json: bool,
 ) -> None:
     """Prune one model as SPEC (a YAML file) says; the same command continues."""
-    from comp.errors import CheckpointMismatch, UnsupportedModelError
+    from comp.errors import BudgetUnreachable, CheckpointMismatch, UnsupportedModelError
     from comp.results import format_points
     from orchestration.job import Failure
     from orchestration.store import RunMismatch, read_run
@@ -47,7 +47,12 @@ def prune(
     if isinstance(body, Failure) and body.kind == "cancelled":
         raise Interrupted("stopped; the same command goes on after the last finished stage")
     if isinstance(body, Failure):
-        mistakes_of = (RunMismatch, UnsupportedModelError, CheckpointMismatch)
+        mistakes_of = (
+            RunMismatch,
+            UnsupportedModelError,
+            CheckpointMismatch,
+            BudgetUnreachable,
+        )
         is_mistake = body.error in {error.__name__ for error in mistakes_of}
         raise Mistake(body.message) if is_mistake else click.ClickException(body.message)
     run = read_run(prune_job(checked).run_dir)

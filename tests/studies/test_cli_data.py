@@ -444,6 +444,18 @@ def pruned(spec: Path) -> list[dict[str, Any]]:
     ]
 
 
+def test_a_ratio_that_cannot_be_reached_is_a_mistake_and_names_the_highest(tmp_path: Path) -> None:
+    data = imported("vqav2", vqav2(tmp_path / "in"), tmp_path, "--images", str(tmp_path / "in"))
+    save_hub_model("blip-vqa-base", tmp_path / "dense")
+    spec = spec_of(tmp_path, data, "too-far")
+    result = invoke("prune", str(spec), "--set", "pruning.ratios=[0.2, 0.9999]")
+    assert result.exit_code == 2
+    said = result.stderr.splitlines()[-1]
+    assert "ratio 0.9999 cannot be reached: with min_heads=1, min_channels=16, " in said
+    assert "reach at most 0." in said
+    assert said.endswith("; lower the ratio or the minima")
+
+
 @pytest.mark.slow
 @pytest.mark.chaos
 def test_a_dense_directory_is_pruned_killed_resumed_and_evaluated_to_the_last_digit(
