@@ -6,6 +6,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -65,8 +66,13 @@ DISTRIBUTION_OF = {
 }
 
 
-def imported_modules(path: Path) -> Iterator[str]:
-    """Yields every module that a file imports, at any depth and under TYPE_CHECKING too."""
+@cache
+def imported_modules(path: Path) -> tuple[str, ...]:
+    """Returns every module that a file imports, at any depth and under TYPE_CHECKING too."""
+    return tuple(_imported(path))
+
+
+def _imported(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text(), filename=str(path))):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)

@@ -63,8 +63,8 @@ def test_help_needs_no_heavy_library() -> None:
 
 
 def test_import_comp_takes_a_tenth_of_a_second_beyond_torch() -> None:
-    # Processor time and the best of three, so that a busy machine does not fail it.
-    assert min(float(run(SECONDS_BEYOND_TORCH)) for _ in range(3)) <= 0.1
+    # Processor time and up to three attempts, so that a busy machine does not fail it.
+    assert any(float(run(SECONDS_BEYOND_TORCH)) <= 0.1 for _ in range(3))
 
 
 def test_public_names_are_found_on_first_use() -> None:

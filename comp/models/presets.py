@@ -21,6 +21,7 @@ class ModelPreset:
 
 MODEL_PRESETS: dict[str, ModelPreset] = {
     "blip-tiny-vqa": ModelPreset("BLIP, 4 vision and 3 text layers, 64 px, OpenMoji VQA", "vqa"),
+    "blip-small-vqa": ModelPreset("BLIP, 6 and 4 layers, 12 heads, 64 px, OpenMoji VQA", "vqa"),
     "blip-tiny-nlvr2": ModelPreset(
         "BLIP with twin cross-attention, same sizes, OpenMoji NLVR2", "nlvr2"
     ),

@@ -126,7 +126,7 @@ def test_a_cancelled_run_takes_its_forks_along(tmp_path: Path) -> None:
     assert not any(isinstance(e.body, Notice) and e.body.kind == "forked" for e in events)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def on_two_slots(ray_cluster: str) -> Iterator[Executor]:
     from orchestration.ray_executor import RayExecutor
 
