@@ -138,6 +138,7 @@ def measure(num_nodes: int, num_gpus: int) -> list[Row]:
     )
     seconds = sorted(latency.seconds)
     median = 1000 * seconds[len(seconds) // 2]
+    nodes = "node" if num_nodes == 1 else "nodes"
     figures = [
         ("nodes up", up, "s", "from nothing, one after the other"),
         ("all slots at work", full - begin, "s", "from the first submit; each slot is a process"),
@@ -152,7 +153,7 @@ def measure(num_nodes: int, num_gpus: int) -> list[Row]:
         ("driver memory, growth", grown, "MiB", "resident, from before"),
     ]
     return [
-        row(f"{num_nodes} nodes, {what}", value, unit, f"{note}; {how}")
+        row(f"{num_nodes} {nodes}, {what}", value, unit, f"{note}; {how}")
         for what, value, unit, note in figures
     ]
 
