@@ -51,6 +51,8 @@ SMALL = (
     "objective={val_at: 0.1}",
     "pruning.eval_samples=8",
     "pruning.test_samples=8",
+    "pruning.calibration_samples=8",
+    "pruning.probe_samples=8",
     "pruning.steps_per_stage=1",
     "pruning.fine_tune_steps=1",
 )
