@@ -53,7 +53,17 @@ MAY_IMPORT = {
 
 # Tensors in, tensors out: the formulas know no model, task or loop.
 FORMULAS = ("cost", "importance", "masks", "strategy", "tokens")
-ABOVE_FORMULAS = ("checkpoint", "data", "measure", "models", "pruner", "shrink", "tasks", "train")
+ABOVE_FORMULAS = (
+    "checkpoint",
+    "data",
+    "measure",
+    "models",
+    "pruner",
+    "shrink",
+    "stages",
+    "tasks",
+    "train",
+)
 
 # Programs that import this package, and not the other way, if they are there at all.
 HOSTS = {"lmms_eval"}
