@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOOLS = ("awk", "bash", "dirname", "grep", "make", "mkdir", "rm", "sh", "tail", "touch")
+TOOLS = ("awk", "bash", "dirname", "env", "grep", "make", "mkdir", "rm", "sh", "tail", "touch")
 
 PYTHON = """#!/bin/sh
 case "$*" in
@@ -16,6 +16,7 @@ case "$*" in
   *ensurepip*) exit {ensurepip} ;;
   "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
   "-m pip "*) echo "pip $*"; echo "{says}"; exit {pip} ;;
+  "-c import comp, "*) echo "{says}"; exit {imports} ;;
   *) exit 64 ;;
 esac
 """
@@ -53,9 +54,12 @@ def add_python(
     version: str = "3.11.7",
     ensurepip: int = 0,
     pip: int = 0,
+    imports: int = 0,
     says: str = "",
 ) -> Path:
-    text = PYTHON.format(version=version, ensurepip=ensurepip, pip=pip, says=says)
+    text = PYTHON.format(
+        version=version, ensurepip=ensurepip, pip=pip, imports=imports, says=says
+    )
     return add_program(folder, name, text)
 
 
@@ -132,6 +136,14 @@ def test_any_other_failure_of_pip_shows_the_end_of_its_log(checkout: Path) -> No
     done = make(checkout, "install")
     assert "No matching distribution for x" in done.stderr
     assert "its whole output is in .venv/install.log" in done.stderr
+
+
+def test_packages_that_do_not_import_are_not_called_installed(checkout: Path) -> None:
+    add_python(checkout.parent / "bin", imports=1, says="ImportError: libgomp.so.1 is missing")
+    done = make(checkout, "install")
+    assert "the packages are installed, but do not work" in done.stderr
+    assert "ImportError: libgomp.so.1 is missing" in done.stderr
+    assert not (checkout / ".venv" / ".installed-base").exists()
 
 
 def test_an_environment_of_an_old_python_is_not_silently_replaced(checkout: Path) -> None:

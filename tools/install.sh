@@ -63,11 +63,16 @@ make_venv() {
     "$python" -m venv "$venv" || fail "$python -m venv $venv did not work; see above."
 }
 
-pip_install() { # --no-compile: a tenth of the modules is ever imported, and Python compiles these
+pip_install() { # --no-compile: few modules are ever imported, and Python compiles these then
     local target=.
     [ "$extra" = base ] || target=".[$extra]"
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile \
         -c constraints.txt -e "$target" >"$log" 2>&1
+}
+
+try_imports() { # this also compiles what every command needs, whatever the environment says
+    env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -c \
+        'import comp, mlflow, optuna, ray; comp.load_model, comp.prune' >>"$log" 2>&1
 }
 
 explain_pip_failure() {
@@ -91,6 +96,8 @@ make_venv
 echo "installing into $venv (the first time: 2.4 to 6 GB, minutes; log in $log)"
 SECONDS=0
 pip_install || explain_pip_failure
+try_imports || fail "the packages are installed, but do not work; $log ends with the reason:" \
+    "$(tail -n 1 "$log")"
 case $extra in # an environment for the tests is also one for using the package
     dev) touch "$venv/.installed-base" "$venv/.installed-test" "$venv/.installed-dev" ;;
     test) touch "$venv/.installed-base" "$venv/.installed-test" ;;

@@ -104,10 +104,11 @@ def test_mlflow_draws_accuracy_against_the_ratio(browser: Any, root: Path) -> No
             f'runs=[{ids}]&metric="val"&experiments=["{experiment.experiment_id}"]'
             '&plot_metric_keys=["val"]&x_axis=step'
         )
-        look(browser, f"{url}/#/metric?{quote(query, safe='=&')}", width=1280)
-        wait_for(browser, lambda: len(browser.execute_script(PLOTTED)) >= 3, "curves")
-        drawn = browser.execute_script(PLOTTED)
-        assert sorted(drawn)[:3] == [[0, 500, 800]] * 3
+        for width, dark in ((390, True), (1280, False)):
+            look(browser, f"{url}/#/metric?{quote(query, safe='=&')}", width=width, dark=dark)
+            wait_for(browser, lambda: len(browser.execute_script(PLOTTED)) >= 3, "curves")
+            drawn = browser.execute_script(PLOTTED)
+            assert sorted(drawn)[:3] == [[0, 500, 800]] * 3
         charts = "runs?compareRunsMode=CHART&workflowType=machine_learning"
         look(browser, f"{url}/#/experiments/{experiment.experiment_id}/{charts}", width=1280)
         wait_for(browser, lambda: all(r.info.run_name in body(browser) for r in runs), "run names")
@@ -121,6 +122,7 @@ def test_the_optuna_dashboard_opens_the_journal(browser: Any, root: Path) -> Non
     with serving(words, port, root / "dashboard.log") as url:
         look(browser, url, width=1280)
         wait_for(browser, lambda: "s" in body(browser).split(), "study")
-        look(browser, f"{url}/dashboard/studies/0", width=1280)
-        wait_for(browser, lambda: "exploration" in body(browser), "parameters")
-        assert overlapping(browser, "h1, h2, h3, h4, h5, h6, p") == []
+        for width, dark in ((390, True), (1280, False)):
+            look(browser, f"{url}/dashboard/studies/0", width=width, dark=dark)
+            wait_for(browser, lambda: "exploration" in body(browser), "parameters")
+            assert overlapping(browser, "h1, h2, h3, h4, h5, h6, p") == []
