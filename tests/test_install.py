@@ -57,9 +57,7 @@ def add_python(
     imports: int = 0,
     says: str = "",
 ) -> Path:
-    text = PYTHON.format(
-        version=version, ensurepip=ensurepip, pip=pip, imports=imports, says=says
-    )
+    text = PYTHON.format(version=version, ensurepip=ensurepip, pip=pip, imports=imports, says=says)
     return add_program(folder, name, text)
 
 
