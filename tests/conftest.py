@@ -1,6 +1,5 @@
 """Fixtures that every package's tests share: one seed, one thread, one small Ray."""
 
-import gc
 import os
 import random
 from collections import Counter
@@ -70,12 +69,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.get_closest_marker(name):
                 urgency[item.path] = max(urgency[item.path], value)
     items.sort(key=lambda item: -urgency[item.path])
-
-
-def pytest_collection_finish() -> None:
-    """Spares what is imported from every later garbage collection: pruning asks for whole ones."""
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_terminal_summary(

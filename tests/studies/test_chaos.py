@@ -314,7 +314,7 @@ def test_a_driver_whose_cluster_loses_its_head_says_so_and_the_same_command_goes
     nodes: Nodes, calm: Calm, tmp_path: Path
 ) -> None:
     """The last test of this file: it takes the cluster with it."""
-    spec = write_study(tmp_path, "n_trials=2", "tracking.enabled=false")
+    spec = write_study(tmp_path, "n_trials=2", "parallel=1", "tracking.enabled=false")
     log, stuck_log = tmp_path / "log", tmp_path / "stuck"
     driver = start(RUNNER, "study", "run", spec, log=log, RAY_ADDRESS=nodes.address)
     with stuck_log.open("wb") as stream:
