@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from comp.models import LoadedModel
 from comp.tasks.base import Batch
 from comp.workers import Workers
-from orchestration import forks, worker
+from orchestration import worker
 from orchestration.job import Fork, Job, Record, Suspended
 from orchestration.store import RunDirectory
 from tests.comp import shared_runs
+from tests.orchestration.tiny_trials import order_for
 from tests.orchestration.trials import make_job
 from tests.tiny import FAMILIES, TinyTask
 
@@ -56,6 +57,5 @@ class PeerTask(TinyTask):
 
 def prune_shared(job: Job, directory: RunDirectory) -> Iterator[Record | Fork | Suspended]:
     torch.set_num_threads(1)
-    trajectory = forks.trajectory_of(job) if job.kind == "fine_tune" else job.run_dir
-    task = PeerTask(Path(trajectory).parent / f"peer-{job.run_id}")
+    task = PeerTask(order_for(job, "peer"))
     yield from worker.work_on(job, directory, copy.copy(loaded()), task)

@@ -81,10 +81,15 @@ class MortalTask(TinyTask):
         return super().loss(model, batch)
 
 
+def order_for(job: Job, kind: str) -> Path:
+    """The file beside a job's run that tells its task what to do."""
+    trajectory = forks.trajectory_of(job) if job.kind == "fine_tune" else job.run_dir
+    return Path(trajectory).parent / f"{kind}-{job.run_id}"
+
+
 def prune_tiny(job: Job, directory: RunDirectory) -> Iterator[Record | Fork | Suspended]:
     torch.set_num_threads(1)
-    trajectory = forks.trajectory_of(job) if job.kind == "fine_tune" else job.run_dir
-    task = MortalTask(Path(trajectory).parent / f"kill-{job.run_id}")
+    task = MortalTask(order_for(job, "kill"))
     yield from worker.work_on(job, directory, copy.copy(loaded()), task)
 
 

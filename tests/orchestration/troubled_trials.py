@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from comp.tasks.base import Batch
-from orchestration import forks, worker
+from orchestration import worker
 from orchestration.job import Fork, Job, Record, Suspended
 from orchestration.store import RunDirectory
-from tests.orchestration.tiny_trials import loaded
+from tests.orchestration.tiny_trials import loaded, order_for
 from tests.tiny import FAMILIES, TinyTask
 
 MIB = 2**20
@@ -67,8 +67,7 @@ def memory_limit(size: int) -> Iterator[None]:
 
 def prune_troubled(job: Job, directory: RunDirectory) -> Iterator[Record | Fork | Suspended]:
     torch.set_num_threads(1)
-    trajectory = forks.trajectory_of(job) if job.kind == "fine_tune" else job.run_dir
-    task = TroubledTask(Path(trajectory).parent / f"trouble-{job.run_id}")
+    task = TroubledTask(order_for(job, "trouble"))
     yield from worker.work_on(job, directory, copy.copy(loaded()), task)
 
 
