@@ -13,7 +13,7 @@ from comp.errors import NanLoss
 from comp.evaluation import autocast, evaluate, to_device
 from comp.handle import handle_of
 from comp.madtp import LOSS_WEIGHT
-from comp.parking import Parked
+from comp.parking import Parked, give_back
 from comp.tasks.base import Batch, Evaluation, Task
 
 RATIO_TOLERANCE = 0.005
@@ -147,7 +147,8 @@ def fine_tune_(
         if on_step is not None:
             on_step(step, loss)
     assert best is not None
-    del optimizer
+    optimizer.state.clear()  # an optimizer is in cycles: dropped, it keeps its moments until a sweep
+    give_back()
     _, chosen, state, thresholds = best
     for tensor, value in zip(_state_of(model), state.read(), strict=True):
         tensor.copy_(value)

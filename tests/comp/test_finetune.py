@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from comp import finetune
 from comp.config import PruningConfig
 from comp.errors import NanLoss
 from comp.evaluation import evaluate
@@ -103,6 +104,22 @@ def test_gradients_are_clipped(task: TinyTask) -> None:
     train_step(model, task, iter([batch]), make_optimizer(model, config), config)
     norm = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None)
     assert math.sqrt(norm) <= 1.001e-3
+
+
+def test_moments_are_freed_without_the_garbage_collector(
+    pruned: PruningHandle, task: TinyTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.optim.Optimizer] = []
+
+    def remembered(*args: Any) -> torch.optim.AdamW:
+        optimizer = make_optimizer(*args)
+        made.append(optimizer)
+        return optimizer
+
+    monkeypatch.setattr(finetune, "make_optimizer", remembered)
+    tune(pruned, task, fine_tune_steps=1)
+    assert len(made) == 1
+    assert not made[0].state
 
 
 class NanTask(TinyTask):

@@ -1,5 +1,6 @@
 """What waits outside the memory that training needs comes back bit for bit."""
 
+import resource
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from comp import parking
 from comp.parking import Parked, ParkedModel, parked
 from tests.tiny import FAMILIES, TinyFamily
 
@@ -89,3 +91,19 @@ def test_a_parked_model_does_not_follow_the_one_it_was_made_of() -> None:
     with torch.no_grad():
         model.weight.zero_()
     assert waiting.build().weight.tolist() == before  # type: ignore[operator, union-attr]
+
+
+@pytest.mark.skipif(parking._TRIM is None, reason="needs glibc")
+def test_freed_memory_between_tensors_in_use_leaves_the_process() -> None:
+    tensors = [torch.ones(25_000) for _ in range(500)]  # 100 kB each: not mapped on their own
+    kept = tensors[::10]
+    before = resident_mb()
+    del tensors
+    parking.give_back()
+    assert resident_mb() < before - 30
+    assert all(tensor.sum() == 25_000 for tensor in kept)
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
