@@ -147,7 +147,7 @@ def fine_tune_(
         if on_step is not None:
             on_step(step, loss)
     assert best is not None
-    optimizer.state.clear()  # an optimizer is in cycles: dropped, it keeps its moments until a sweep
+    optimizer.state.clear()  # a dropped optimizer, being in cycles, keeps its moments for a while
     give_back()
     _, chosen, state, thresholds = best
     for tensor, value in zip(_state_of(model), state.read(), strict=True):

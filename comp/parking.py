@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 
 def _trim() -> Any:
-    """glibc's ``malloc_trim``, or ``None`` with another C library."""
+    """Returns glibc's ``malloc_trim``, or ``None`` with another C library."""
     try:
         return ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):
