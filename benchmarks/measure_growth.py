@@ -20,7 +20,7 @@ from timing import Table, interleaved
 from torch import nn
 
 from comp.importance import ActivationStatistics, normalise_scores, strongest_heads, vote_sums
-from comp.masks import choose_units, rank_units
+from comp.masks import choose_units, rank_scores, scores_of
 from comp.modes import PruningMode
 from comp.sites import FeedForwardSite, LinearRef
 from comp.tokens import keep_above, select
@@ -80,7 +80,7 @@ def ranking(layers: int) -> Callable[[], object]:
     macs = dict.fromkeys(by_name, 1.0)
 
     def run() -> object:
-        ranked = rank_units(groups, collected, {})
+        ranked = rank_scores(groups, scores_of(groups, collected), {})
         quantum = layers * CHANNELS / 40
         return choose_units(ranked, by_name, alive, macs, quantum, min_heads=1, min_channels=16)
 

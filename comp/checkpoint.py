@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from comp.config import Method
 from comp.errors import CheckpointMismatch, UnsupportedModelError, misfit
 from comp.handle import TEMPERATURE, PruningHandle, handle_of
+from comp.methods import Method
 from comp.modes import Stream
 from comp.shrink import apply_plan_
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from comp.config import PruningConfig
 from comp.cost import Measurement
+from comp.distillation import Teacher
 from comp.errors import NanLoss
 from comp.evaluation import autocast, evaluate, to_device
 from comp.handle import handle_of
@@ -32,6 +33,7 @@ def train_step(
     batches: Iterator[Batch],
     optimizer: torch.optim.Optimizer,
     config: PruningConfig,
+    teacher: Teacher | None = None,
 ) -> float:
     """Does one optimizer step; a loss that is not finite changes nothing.
 
@@ -42,6 +44,7 @@ def train_step(
             by each of several workers its share of them.
         optimizer: The optimizer.
         config: Accumulation, gradient clipping, autocast.
+        teacher: The dense model, if its predictions are learnt from.
 
     Returns:
         The mean loss.
@@ -51,7 +54,8 @@ def train_step(
     total = 0.0
     for _ in range(config.accumulate // workers.size):
         with autocast(device, enabled=config.autocast):
-            loss = _loss(model, task, to_device(next(batches), device)) / config.accumulate
+            batch = to_device(next(batches), device)
+            loss = _loss(model, task, batch, teacher) / config.accumulate
         total += workers.sum(float(loss.detach()))
         if not math.isfinite(total):
             return total
@@ -65,8 +69,8 @@ def train_step(
     return total
 
 
-def _loss(model: nn.Module, task: Task, batch: Batch) -> Tensor:
-    loss = task.loss(model, batch)
+def _loss(model: nn.Module, task: Task, batch: Batch, teacher: Teacher | None) -> Tensor:
+    loss = task.loss(model, batch) if teacher is None else teacher.loss(model, batch)
     alignment = handle_of(model).alignment
     return loss if alignment is None else loss + LOSS_WEIGHT * alignment.loss()
 
@@ -99,6 +103,7 @@ def fine_tune_(
     target_macs: float,
     dense_macs: float,
     batches: Iterable[Batch],
+    teacher: Teacher | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> FineTuned:
     """Fine-tunes a shrunk model in place and keeps the best weights by validation.
@@ -113,6 +118,7 @@ def fine_tune_(
         target_macs: Mean multiply-adds per sample to stay at.
         dense_macs: The dense model's, which the tolerance is a share of.
         batches: Training batches of ``config.part_size`` samples.
+        teacher: The dense model, if its predictions are learnt from.
         on_step: Called with step and loss.
 
     Returns:
@@ -137,7 +143,7 @@ def fine_tune_(
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = cosine(step, steps, peak)
-        loss = train_step(model, task, stream, optimizer, config)
+        loss = train_step(model, task, stream, optimizer, config, teacher)
         if not math.isfinite(loss):
             raise NanLoss(
                 f"the fine-tuning loss became {loss} at step {step}; the pruned trajectory is "

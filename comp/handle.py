@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from comp.config import Method
 from comp.cost import Measurement, Meter
 from comp.importance import ActivationStatistics
 from comp.madtp import Alignment
+from comp.methods import Method
 from comp.modes import PARAMETER_MODES, PruningMode, Stream
 from comp.sites import AttentionSite, Block, UnitGroup
 from comp.trace import TokenTrace

@@ -83,23 +83,9 @@ def standardise(scores: Tensor) -> Tensor:
     return (scores - scores.mean()) / deviation
 
 
-def rank_units(
-    groups: Sequence[UnitGroup],
-    statistics: ActivationStatistics,
-    masks: Mapping[str, Tensor],
-    *,
-    by_layer: bool = False,
-) -> list[RankedUnit]:
-    """Ranks the alive units of some groups by their activations, least important first.
-
-    Args:
-        groups: The groups that compete.
-        statistics: Activations behind the scores.
-        masks: Masks that are in force; units at 0 are left out.
-        by_layer: See ``rank_scores``.
-    """
-    scores = {g.name: unit_scores(g, statistics) for g in groups if g.name in statistics.sums}
-    return rank_scores(groups, scores, masks, by_layer=by_layer)
+def scores_of(groups: Sequence[UnitGroup], statistics: ActivationStatistics) -> dict[str, Tensor]:
+    """Returns the scores of all units that a pass went through, by group."""
+    return {g.name: unit_scores(g, statistics) for g in groups if g.name in statistics.sums}
 
 
 def rank_scores(
@@ -108,10 +94,15 @@ def rank_scores(
     masks: Mapping[str, Tensor],
     *,
     by_layer: bool = False,
+    prices: Mapping[str, float] | None = None,
 ) -> list[RankedUnit]:
     """Ranks the alive units of some groups by given scores, lowest first.
 
-    Every kind of unit is standardised for itself, over all groups that compete.
+    Every kind of unit is standardised for itself, over all groups that compete. With prices, what
+    is standardised is a score divided by the FLOPs that go with its unit, so that of two equally
+    unimportant heads the one that more tokens pass goes first. Between kinds prices change
+    nothing: a head costs hundreds of times what a channel does, and its score, a mean over its
+    channels, is no sum that would grow likewise. That is not the paper's.
 
     Args:
         groups: The groups that compete.
@@ -119,6 +110,7 @@ def rank_scores(
         masks: Masks that are in force; units at 0 are left out.
         by_layer: Divide scores by the mean size of their group's before, so that no layer is
             pruned for having small activations as a whole.
+        prices: Mean multiply-adds of one unit, by group.
 
     Source: UPop (arXiv 2301.13741), the unified ranking.
     """
@@ -128,7 +120,11 @@ def rank_scores(
         if rivals:
             units = [_alive_units(group, masks) for group in rivals]
             own = [
-                _own_scores(scores[group.name].cpu()[alive], by_layer=by_layer)
+                _own_scores(
+                    scores[group.name].cpu()[alive],
+                    by_layer=by_layer,
+                    price=None if prices is None else prices.get(group.name),
+                )
                 for group, alive in zip(rivals, units, strict=True)
             ]
             standard = standardise(torch.cat(own)).split([len(alive) for alive in units])
@@ -155,9 +151,10 @@ def _alive_units(group: UnitGroup, masks: Mapping[str, Tensor]) -> Tensor:
     return torch.arange(group.num_units)
 
 
-def _own_scores(scores: Tensor, *, by_layer: bool) -> Tensor:
+def _own_scores(scores: Tensor, *, by_layer: bool, price: float | None) -> Tensor:
     size = scores.abs().mean()
-    return scores / size if by_layer and bool(size > 0) else scores
+    scores = scores / size if by_layer and bool(size > 0) else scores
+    return scores / price if price else scores
 
 
 def choose_units(

@@ -118,6 +118,15 @@ class ParkedModel:
         return _copy_with(self._structure, self._weights.read())
 
 
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """Returns a copy of a model whose parameters are its own but hold the model's values.
+
+    Gradients, hooks and attributes of the copy are not the model's; what changes a value in place
+    changes both.
+    """
+    return _copy_with(model, [tensor.detach() for tensor in _tensors_of(model)])
+
+
 def _tensors_of(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from comp.config import PruningConfig
 from comp.finetune import fine_tune_
 from comp.handle import handle_of
+from comp.lookahead import TrialPlan
+from comp.opening import trials_before
 from comp.parking import parked
 from comp.results import CurvePoint, PruningResult, Snapshot, StageRecord
 from comp.shrink import shrink_
@@ -81,12 +83,12 @@ class Pruner(StageLoop):
         return [record for record in self.records if isinstance(record, CurvePoint)]
 
     @property
-    def trials_ahead(self) -> tuple[float, int] | None:
-        """Gap and steps of the trials that the next item opens with; ``None`` without any."""
+    def trials_ahead(self) -> TrialPlan | None:
+        """The trials that the next item opens with; ``None`` without any."""
         if not self.records or self._num_passed == len(self.config.ratios):
             return None
         target = self.config.ratios[self._num_passed]
-        return None if self.has_reached(target) else self.trials_before(target)
+        return None if self.has_reached(target) else trials_before(self, target)
 
     def run(self) -> Iterator[StageRecord | CurvePoint]:
         """Runs to the last asked ratio, or goes on after ``restore``.
@@ -192,6 +194,7 @@ class Pruner(StageLoop):
                     seed=self.config.seed + 1,
                     shard=handle.workers.shard,
                 ),
+                teacher=self.teacher or self.make_teacher(),
             )
         handle.momentum = None
         before = self.stages[-1].val if self.stages else self.points[0].val

@@ -1,12 +1,14 @@
 """Opening a stage: which units go and how far thresholds rise for a quantum of FLOPs.
 
 The quantum is ``min(dF, what is left to the target, max(kappa * F_mode, 1.5 eps_F F_0))``, see
-docs/algorithm.md.
+docs/algorithm.md; ``last_quantum`` lets dF shrink on the way (``shrinking_quantum``).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from comp.config import PruningConfig
 from comp.cost import Measurement
@@ -21,7 +23,7 @@ from comp.masks import (
     exchange_units,
     obtainable_macs,
     rank_scores,
-    rank_units,
+    scores_of,
 )
 from comp.modes import PruningMode, Stream
 from comp.sites import UnitGroup
@@ -45,6 +47,32 @@ class Raise:
     thresholds: dict[Stream, float]
     threshold: float
     macs: float
+
+
+def shrinking_quantum(reached: float, last_ratio: float, mean: float, last: float) -> float:
+    """Returns what the next stage removes where quanta shrink geometrically on the way.
+
+    With S = ``last_ratio / mean`` stages, of which each removes q times what the one before did
+    and the last one ``last`` times what the first did,
+
+        q = last^(1 / (S - 1))     first = last_ratio * (1 - q) / (1 - q^S)
+        next = first - (1 - q) * reached
+
+    so that S stages that remove what they are to make up the way, as S equal ones would. What a
+    stage missed or overdid moves the rest; no quantum leaves the range of the first and the last.
+
+    Args:
+        reached: FLOPs ratio reached.
+        last_ratio: The largest ratio of the run.
+        mean: Quantum of stages that are all equal, a share of the dense FLOPs.
+        last: The last quantum as a share of the first, in (0, 1]; 1 makes all equal.
+    """
+    stages = last_ratio / mean
+    if last == 1.0 or stages <= 1.0:
+        return mean
+    factor = math.pow(last, 1 / (stages - 1))
+    first = last_ratio * (1 - factor) / (1 - math.pow(factor, stages))
+    return min(max(first - (1 - factor) * reached, last * first), first)
 
 
 class Raising:
@@ -94,7 +122,7 @@ class Raising:
         """
         own = sum(self._cost.mode_macs(self._handle.groups.values(), mode) for mode in modes)
         quantum = min(
-            self._config.quantum * self._dense_macs,
+            self._share_of_stage() * self._dense_macs,
             gap,
             max(self._config.quantum_cap * own, 1.5 * self.smallest),
         )
@@ -117,6 +145,12 @@ class Raising:
             return None
         threshold = max(thresholds.values()) if thresholds else choice.threshold
         return Raise(choice, thresholds, threshold, macs)
+
+    def _share_of_stage(self) -> float:
+        """Share of the dense FLOPs that a stage is to remove from here on (dF)."""
+        config = self._config
+        reached = 1.0 - self._cost.macs / self._dense_macs
+        return shrinking_quantum(reached, config.ratios[-1], config.quantum, config.last_quantum)
 
     def is_exhausted(self, mode: PruningMode) -> bool:
         """Whether a mode could not remove the smallest quantum even at its minima."""
@@ -183,16 +217,26 @@ class Raising:
 
     def _rank(self, groups: list[UnitGroup]) -> tuple[list[RankedUnit], Measurement]:
         """Ranks units by the method's score and measures what they cost on the same samples."""
-        by_layer = self._config.rank_norm == "layer"
         samples = self._samples("train", self._config.calibration_samples)
         if self._config.switches.parameter_score == "gradient":
             scores = gradient_scores(self._handle, self._task, samples)
-            ranking = rank_scores(groups, scores, self._handle.masks, by_layer=by_layer)
-            return ranking, self._measure()
+            cost = self._measure()
+            return self._ranking(groups, scores, cost), cost
         statistics, cost = collect_statistics(
             self._handle, self._task, samples, mixed=self._config.autocast
         )
-        return rank_units(groups, statistics, self._handle.masks, by_layer=by_layer), cost
+        return self._ranking(groups, scores_of(groups, statistics), cost), cost
+
+    def _ranking(
+        self, groups: list[UnitGroup], scores: Mapping[str, Tensor], cost: Measurement
+    ) -> list[RankedUnit]:
+        return rank_scores(
+            groups,
+            scores,
+            self._handle.masks,
+            by_layer=self._config.rank_norm == "layer",
+            prices=cost.unit_macs if self._config.rank_by == "score_per_flop" else None,
+        )
 
     def _measure(self) -> Measurement:
         """What the model costs on the samples behind the scores."""

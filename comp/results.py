@@ -64,6 +64,8 @@ class StageRecord:
         train_seconds: Wall time of the stage's training steps, a part of ``seconds``.
         eval_seconds: Wall time of the evaluation behind ``val`` and ``cost``, another part. The
             rest is the search for what to prune.
+        refreshed: New costs of modes that had been idle for ``refresh_after`` stages, measured
+            before this stage's mode was chosen.
     """
 
     stage: int
@@ -85,6 +87,7 @@ class StageRecord:
     layers: dict[str, float] = field(default_factory=dict)
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
+    refreshed: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values; ``from_dict`` is the inverse."""

@@ -4,8 +4,10 @@ import math
 from collections.abc import Sequence
 
 from comp.config import PruningConfig
+from comp.fixed_strategy import FixedStrategy
+from comp.lookahead import LookaheadStrategy
 from comp.modes import PruningMode
-from comp.strategy import FixedStrategy, LookaheadStrategy, MultiModeStrategy, Strategy
+from comp.strategy import MultiModeStrategy, Strategy
 
 
 def make_strategy(config: PruningConfig, modes: Sequence[PruningMode]) -> Strategy:

@@ -15,20 +15,22 @@ from torch import nn
 
 from comp.config import PruningConfig
 from comp.cost import Measurement
+from comp.distillation import Teacher, check_predicts
 from comp.errors import BudgetUnreachable, NanLoss
 from comp.evaluation import resolve_device
 from comp.finetune import make_optimizer, train_step
+from comp.fixed_strategy import FixedStrategy
 from comp.handle import PruningHandle
 from comp.lookahead import Trials, trial_costs
 from comp.masks import UnitChoice, bring_back_, fade_, mask_value
 from comp.models import attach
 from comp.modes import PruningMode, Stream
+from comp.opening import Opening, open_stage
 from comp.parking import ParkedModel, give_back
 from comp.raising import Raise, Raising
 from comp.results import CurvePoint, StageRecord
 from comp.schedules import make_strategy
 from comp.shrink import migrate_optimizer_, num_parameters, shrink_
-from comp.strategy import FixedStrategy, LookaheadStrategy, MultiModeStrategy
 from comp.tasks.base import Evaluation, PreparingTask, Task
 from comp.upop_search import UpopSearch
 from comp.workers import ALONE, Workers
@@ -48,11 +50,12 @@ class StageLoop:
 
     Attributes:
         records: Everything that was finished.
-        trials: Who tries the modes before a stage that ``trials_before`` tells of.
+        teacher: The dense model that stages learn from, if they do.
+        trials: Who tries the modes before a stage that ``comp.opening`` wants trials for.
 
     Raises:
-        ValueError: If the config names a mode that the model does not have, or the workers cannot
-            share a batch.
+        ValueError: If the config names a mode that the model does not have, the task cannot be
+            distilled as it asks, or the workers cannot share a batch.
     """
 
     def __init__(
@@ -66,6 +69,8 @@ class StageLoop:
         workers: Workers = ALONE,
     ) -> None:
         config = workers.split(config)
+        if config.distillation:
+            check_predicts(task)
         self.device = resolve_device(config.device)
         self.task = task
         self.config = config
@@ -107,12 +112,19 @@ class StageLoop:
         self.optimizer = make_optimizer(model, config)
         self.records: list[StageRecord | CurvePoint] = []
         self.trials: Trials = trial_costs
+        self.teacher = self.make_teacher() if config.distill_stages else None
         self._step = 0
         self._dense_macs = 0.0
         self._macs = 0.0
         self._value = 0.0
         self._resource = self._dense_resource = 0.0
         self._cost: Measurement | None = None
+
+    def make_teacher(self) -> Teacher | None:
+        """Returns the dense model to learn from, which takes memory for as long as it is held."""
+        if not self.config.distillation:
+            return None
+        return Teacher(self.yardstick.dense_here(), self.task, self.config)
 
     def _allowed_modes(self) -> list[PruningMode]:
         have = self.handle.structure.modes()
@@ -149,25 +161,14 @@ class StageLoop:
     def _target_macs(self, ratio: float) -> float:
         return (1.0 - ratio) * self._dense_macs
 
-    @property
-    def _slack(self) -> float:
-        return self.config.tolerance * self._dense_macs
+    def gap(self, ratio: float) -> float:
+        """Mean multiply-adds that are left to go to a ratio."""
+        return self._macs - self._target_macs(ratio)
 
     def has_reached(self, ratio: float) -> bool:
         """Whether no stage is needed any more to get to a ratio."""
-        return self._macs <= self._target_macs(ratio) + self._slack
-
-    def trials_before(self, ratio: float) -> tuple[float, int] | None:
-        """Returns gap and steps of the trials that open the next stage, ``None`` without any.
-
-        Args:
-            ratio: The one that the stage is on its way to.
-        """
-        gap = self._macs - self._target_macs(ratio)
-        if isinstance(self.strategy, LookaheadStrategy):
-            return gap, self.config.lookahead_steps
-        probes = self.config.init == "probe" and not self.stages
-        return (gap, 0) if probes and isinstance(self.strategy, MultiModeStrategy) else None
+        slack = self.config.tolerance * self._dense_macs
+        return self._macs <= self._target_macs(ratio) + slack
 
     def measure_dense(self) -> Evaluation:
         """Takes the model as it is for the dense one; returns its verdict on validation."""
@@ -196,22 +197,22 @@ class StageLoop:
             )
         begin = time.perf_counter()
         run = self._prune if self.search is None else self._search
-        modes, raised, train_loss, trained = run(ratio)
-        record = self._measure_stage(ratio, modes, raised, train_loss)
+        opening, train_loss, trained = run(ratio)
+        record = self._measure_stage(ratio, opening, train_loss)
         return replace(record, seconds=time.perf_counter() - begin, train_seconds=trained)
 
-    def _prune(self, ratio: float) -> tuple[str, Raise, float, float]:
+    def _prune(self, ratio: float) -> tuple[Opening, float, float]:
         """Raises a threshold and trains; returns what was done, the loss, and the seconds."""
-        modes, raised = self._choose_and_raise(ratio)
-        self.handle.thresholds.update(raised.thresholds)
+        opening = open_stage(self, ratio)
+        self.handle.thresholds.update(opening.raised.thresholds)
         begin = time.perf_counter()
-        train_loss = self.train(raised.choice, self.config.steps_per_stage)
+        train_loss = self.train(opening.raised.choice, self.config.steps_per_stage)
         trained = time.perf_counter() - begin
         if self.config.shrink == "stage":
             migrate_optimizer_(self.optimizer, shrink_(self.handle))
-        return modes, raised, train_loss, trained
+        return opening, train_loss, trained
 
-    def _search(self, ratio: float) -> tuple[str, Raise, float, float]:
+    def _search(self, ratio: float) -> tuple[Opening, float, float]:
         """Does what ``_prune`` does in a stage of UPop's search: it trains and then selects."""
         assert self.search is not None
         assert self._cost is not None
@@ -229,40 +230,8 @@ class StageLoop:
             min_channels=self.config.min_channels,
         )
         removed = max(choice.macs, self.config.min_quantum * self._dense_macs, 1.0)
-        return modes, Raise(choice, {}, choice.threshold, removed), train_loss, trained
-
-    def _choose_and_raise(self, ratio: float) -> tuple[str, Raise]:
-        """Opens a stage; only if no mode can take a step that fits, one that overshoots may."""
-        gap = self._macs - self._target_macs(ratio)
-        if (trials := self.trials_before(ratio)) is not None:
-            costs = self.trials(self, *trials)
-            if isinstance(self.strategy, LookaheadStrategy):
-                self.strategy.offer(costs)
-            elif isinstance(self.strategy, MultiModeStrategy):
-                self.strategy.begin_with(costs)
-        raising = self.raising()
-        for coarse in (False, True):
-            refused: set[str] = set()
-            while True:
-                try:
-                    name = self.strategy.choose(refused)
-                except RuntimeError:
-                    break
-                modes = [PruningMode(part) for part in name.split("+")]
-                raised = raising.pick(modes, gap, coarse=coarse)
-                if raised is not None:
-                    return name, raised
-                self.strategy.withdraw()
-                for mode in modes:
-                    if raising.is_exhausted(mode):
-                        self.strategy.exhaust(mode.value)
-                    else:
-                        refused.add(mode.value)
-        raise BudgetUnreachable(
-            f"ratio {ratio} cannot be reached: every mode is exhausted at {self.ratio:.4f}; "
-            "lower the ratio or the minima",
-            self.ratio,
-        )
+        raised = Raise(choice, {}, choice.threshold, removed)
+        return Opening(modes, raised), train_loss, trained
 
     def raising(self) -> Raising:
         """What the next stage may take of the current model."""
@@ -293,7 +262,9 @@ class StageLoop:
         with torch.random.fork_rng(devices=self._rng_devices()):
             torch.manual_seed(self._random_seed(stage))
             for step in range(1, steps + 1):
-                loss = train_step(self.model, self.task, batches, self.optimizer, self.config)
+                loss = train_step(
+                    self.model, self.task, batches, self.optimizer, self.config, self.teacher
+                )
                 if not math.isfinite(loss):
                     raise NanLoss(
                         f"the training loss became {loss} in stage {stage}, step {step}; the "
@@ -315,10 +286,9 @@ class StageLoop:
     def _rng_devices(self) -> list[int]:
         return [self.device.index or 0] if self.device.type == "cuda" else []
 
-    def _measure_stage(
-        self, ratio: float, modes: str, raised: Raise, train_loss: float
-    ) -> StageRecord:
+    def _measure_stage(self, ratio: float, opening: Opening, train_loss: float) -> StageRecord:
         """Evaluates a trained stage; the times of the record other than its own are left out."""
+        modes, raised = opening.modes, opening.raised
         begin = time.perf_counter()
         verdict, cost = self.measure(raised.macs)
         evaluated = time.perf_counter() - begin
@@ -347,6 +317,7 @@ class StageLoop:
             snapshot=ratio if reached else None,
             layers=self.handle.left_in_layers(self._cost),
             eval_seconds=evaluated,
+            refreshed=opening.refreshed,
         )
 
     def measure(self, predicted_macs: float) -> tuple[Evaluation, float]:

@@ -9,6 +9,10 @@ I_m = T - T_m:
             lambda = max(lambda_0 - lambda_0 / I_max * (I_m - 1), 0)
 
 Otherwise the mode with the smallest R runs. Before that every mode runs once, in random order.
+
+Two remedies are not the paper's: ``exploration_left``, a factor on rho that a loop lowers on its
+way to the target, and ``stale`` with ``refresh``, by which a loop measures again what idle modes
+would cost now.
 """
 
 import math
@@ -105,6 +109,7 @@ class MultiModeStrategy:
     Attributes:
         choice: Why the open stage's mode was chosen.
         stage: The stage counter T.
+        exploration_left: What rho is multiplied by; whoever knows how far the target is sets it.
 
     Raises:
         ValueError: If ``modes`` is empty or repeats a mode, or a number is out of bounds.
@@ -143,10 +148,12 @@ class MultiModeStrategy:
         self._sweep = self._random.sample(self._modes, len(self._modes))
         self._costs: dict[str, float] = {}
         self._last_run = dict.fromkeys(self._modes, 0)
+        self._measured = dict.fromkeys(self._modes, 0)  # stage of the last run or refresh
         self._live = list(self._modes)
         self._open: str | None = None
         self.stage = 0
         self.choice: Choice = "sweep"
+        self.exploration_left = 1.0
 
     @property
     def costs(self) -> dict[str, float]:
@@ -167,6 +174,36 @@ class MultiModeStrategy:
         if self.stage:
             raise RuntimeError(f"first costs come too late in stage {self.stage}")
         self._costs = {mode: cost for mode, cost in costs.items() if mode in self._modes}
+
+    @property
+    def explore_probability(self) -> float:
+        """Probability that the next stage explores, once every mode has a cost."""
+        return self._exploration * self.exploration_left
+
+    def stale(self, after: int) -> list[str]:
+        """Returns the live modes whose cost has been neither paid nor refreshed for some stages.
+
+        Args:
+            after: Stages between the one that measured the cost and the one that opens next, from
+                which on it is stale; at least 1.
+        """
+        since = {mode: self.stage - self._measured[mode] for mode in self._live}
+        return [mode for mode in self._live if mode in self._costs and since[mode] >= after]
+
+    def refresh(self, modes: Collection[str], costs: Mapping[str, float]) -> None:
+        """Puts costs that were measured without a stage in the place of R; no history is kept.
+
+        Args:
+            modes: The modes that were tried; they are not stale for a while.
+            costs: What they would cost now; one without keeps its old R.
+
+        Raises:
+            RuntimeError: If a stage is open, which decides by the costs that were there.
+        """
+        if self._open is not None:
+            raise RuntimeError(f"costs cannot be refreshed inside stage {self.stage}")
+        self._costs.update(costs)
+        self._measured.update(dict.fromkeys(modes, self.stage))
 
     def choose(self, exclude: Collection[str] = ()) -> str:
         """Opens the next stage and returns its mode.
@@ -191,7 +228,7 @@ class MultiModeStrategy:
         if unseen:
             self.choice = "sweep"
             return unseen[0]
-        if self._random.random() < self._exploration:
+        if self._random.random() < self.explore_probability:
             self.choice = "explore"
             intervals = [self.stage - self._last_run[mode] for mode in candidates]
             weights = exploration_probabilities(intervals, self._temperature)
@@ -229,7 +266,7 @@ class MultiModeStrategy:
         weight = history_weight(interval, self._history, self._horizon)
         old = self._costs.get(mode)
         self._costs[mode] = cost if old is None else weight * old + (1 - weight) * cost
-        self._last_run[mode] = self.stage
+        self._last_run[mode] = self._measured[mode] = self.stage
         self._open = None
 
     def exhaust(self, mode: str) -> None:
@@ -254,6 +291,7 @@ class MultiModeStrategy:
             "sweep": self._sweep,
             "costs": self._costs,
             "last_run": self._last_run,
+            "measured": self._measured,
             "live": self._live,
             "open": self._open,
             "stage": self.stage,
@@ -267,166 +305,8 @@ class MultiModeStrategy:
         self._sweep = list(state["sweep"])
         self._costs = dict(state["costs"])
         self._last_run = dict(state["last_run"])
+        self._measured = dict(state["measured"])
         self._live = list(state["live"])
         self._open = state["open"]
         self.stage = state["stage"]
         self.choice = state["choice"]
-
-
-class FixedStrategy:
-    """Prunes all its groups of modes in every stage, or one group after the other.
-
-    The joint baselines (SJP and its one-sided forms) prune parameters of all modalities by one
-    ranking and tokens of both streams by one threshold; a group is a set of modes that shares a
-    ranking.
-
-    Args:
-        groups: Mode groups, in the order of use when ``sequential``.
-        sequential: Finish one group's share of the way before the next begins; the loop calls
-            ``advance`` at the turn.
-
-    Raises:
-        ValueError: If there is no mode at all.
-    """
-
-    def __init__(self, groups: Sequence[Sequence[str]], *, sequential: bool = False) -> None:
-        self._groups = [list(group) for group in groups if group]
-        if not self._groups:
-            raise ValueError("groups must name at least one mode, but got none")
-        self._sequential = sequential
-        self._position = 0
-        self.stage = 0
-        self.choice: Choice = "fixed"
-
-    @property
-    def live(self) -> list[str]:
-        """The modes that are not exhausted."""
-        return [mode for group in self._groups for mode in group]
-
-    @property
-    def costs(self) -> dict[str, float]:
-        """Empty: a fixed schedule asks for no cost."""
-        return {}
-
-    def choose(self, exclude: Collection[str] = ()) -> str:
-        """Opens the next stage and returns all modes that are pruned in it, joined by ``+``.
-
-        Args:
-            exclude: Modes that this one stage must not take.
-
-        Raises:
-            RuntimeError: If no mode is left to choose.
-        """
-        groups = [[mode for mode in group if mode not in exclude] for group in self._groups]
-        if not any(groups):
-            raise RuntimeError("every mode is exhausted; there is nothing left to choose")
-        self.stage += 1
-        if self._sequential:
-            later = groups[self._position :] + groups[: self._position]
-            return "+".join(next(group for group in later if group))
-        return "+".join(mode for group in groups for mode in group)
-
-    def withdraw(self) -> None:
-        """Takes the open stage back, as if it had not been chosen."""
-        self.stage -= 1
-
-    def advance(self) -> None:
-        """Moves on to the next group, if there is one with a live mode."""
-        if any(self._groups[self._position + 1 :]):
-            self._position += 1
-
-    def record(self, mode: str, cost: float) -> None:
-        """Closes the stage; the cost changes nothing."""
-
-    def exhaust(self, mode: str) -> None:
-        """Retires a mode."""
-        for group in self._groups:
-            if mode in group:
-                group.remove(mode)
-        if self._sequential and self.live and not any(self._groups[self._position :]):
-            self._position = 0
-
-    def state(self) -> dict[str, Any]:
-        """Returns the whole state as JSON values; ``restore`` is the inverse."""
-        return {"groups": self._groups, "position": self._position, "stage": self.stage}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from ``state``'s output."""
-        self._groups = [list(group) for group in state["groups"]]
-        self._position = state["position"]
-        self.stage = state["stage"]
-
-
-class LookaheadStrategy:
-    """Takes the mode whose trial from the current snapshot cost least. Not the paper's.
-
-    The loop tries every live mode and calls ``offer`` before it chooses, so no cost is ever
-    stale and none is confounded with the recovery from an earlier stage.
-
-    Args:
-        modes: The modes to choose from, in the order that breaks ties.
-
-    Raises:
-        ValueError: If ``modes`` is empty.
-    """
-
-    def __init__(self, modes: Sequence[str]) -> None:
-        if not modes:
-            raise ValueError("modes must name at least one mode, but got none")
-        self._live = list(modes)
-        self._costs: dict[str, float] = {}
-        self._open: str | None = None
-        self.stage = 0
-        self.choice: Choice = "greedy"
-
-    @property
-    def live(self) -> list[str]:
-        """The modes that are not exhausted."""
-        return list(self._live)
-
-    @property
-    def costs(self) -> dict[str, float]:
-        """The costs of the latest trials."""
-        return dict(self._costs)
-
-    def offer(self, costs: Mapping[str, float]) -> None:
-        """Takes the costs of this stage's trials; a mode without one is not chosen."""
-        self._costs = dict(costs)
-
-    def choose(self, exclude: Collection[str] = ()) -> str:
-        """Opens the next stage and returns the cheapest mode.
-
-        Raises:
-            RuntimeError: If no mode with a trial is left.
-        """
-        candidates = [m for m in self._live if m not in exclude and m in self._costs]
-        if not candidates:
-            raise RuntimeError("every mode is exhausted; there is nothing left to choose")
-        self.stage += 1
-        self._open = min(candidates, key=self._costs.__getitem__)
-        return self._open
-
-    def withdraw(self) -> None:
-        """Takes the open stage back, as if it had not been chosen."""
-        self._open = None
-        self.stage -= 1
-
-    def record(self, mode: str, cost: float) -> None:
-        """Closes the stage; the next one is decided by new trials."""
-        self._open = None
-
-    def exhaust(self, mode: str) -> None:
-        """Retires a mode; if its stage is open, the stage is taken back."""
-        if mode in self._live:
-            self._live.remove(mode)
-        if mode == self._open:
-            self.withdraw()
-
-    def state(self) -> dict[str, Any]:
-        """Returns the whole state as JSON values; ``restore`` is the inverse."""
-        return {"live": self._live, "stage": self.stage}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from ``state``'s output."""
-        self._live = list(state["live"])
-        self.stage = state["stage"]

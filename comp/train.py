@@ -18,7 +18,7 @@ from torch import nn
 
 from comp.align import align_
 from comp.checkpoint import load_pruned, save_pruned
-from comp.config import PruningConfig, nearest
+from comp.config import PruningConfig
 from comp.data.openmoji import load_openmoji
 from comp.evaluation import evaluate, resolve_device
 from comp.finetune import train_step
@@ -28,6 +28,7 @@ from comp.models.blip_build import BlipShape
 from comp.models.build import build_small
 from comp.tasks import build_task, build_tokenizer
 from comp.tasks.base import PreparingTask, Task
+from comp.words import nearest
 
 FIRST = 500  # test samples whose accuracy is on the card, too: enough to tell weights apart
 

@@ -79,12 +79,15 @@ class Yardstick:
         """
         batches = self._task.batches("val", batch_size=self._config.eval_batch_size)
         batch = to_device(next(iter(batches)), self._device)
-        dense = self._dense_here()
+        dense = self.dense_here()
         report = compare_latency(dense, model or dense, self._task, batch, repeats=7)
         return self._workers.first((report.dense_ms, report.pruned_ms))
 
-    def _dense_here(self) -> nn.Module:
-        """The dense model on this device, for as long as the caller holds it."""
+    def dense_here(self) -> nn.Module:
+        """Returns the dense model on this device, for as long as the caller holds it.
+
+        It may be the one that all runs of a process share, which nobody must change.
+        """
         dense = self._dense_model
         if isinstance(dense, ParkedModel):
             dense = dense.build()

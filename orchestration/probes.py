@@ -1,4 +1,4 @@
-"""Trials of ``lookahead`` that other workers take over from a trajectory, where there is room.
+"""Trials of modes that other workers take over from a trajectory, where there is room.
 
 Before a stage that opens with trials, a trajectory names a probe for every mode but its first: a
 job that restores the state before the stage, tries one mode, and leaves the cost in a file. The
@@ -21,6 +21,7 @@ from orchestration.storage import Storage, join, parent
 from orchestration.store import PROBES, RunDirectory
 
 if TYPE_CHECKING:
+    from comp.lookahead import TrialPlan
     from comp.pruner import Pruner
     from comp.stages import StageLoop
 
@@ -41,8 +42,8 @@ def announce(directory: RunDirectory, pruner: "Pruner") -> Iterator[Fork]:
         return
     state = directory.latest_state_name()
     # The trajectory begins with the first, so the last is the one that it comes to last.
-    for mode in reversed(pruner.strategy.live[1:]):
-        yield Fork(_probe_of(directory.job, state, mode, *ahead))
+    for mode in reversed(ahead.modes[1:]):
+        yield Fork(_probe_of(directory.job, state, mode, ahead.gap, ahead.steps))
 
 
 def _probe_of(job: Job, state: str, mode: str, gap: float, steps: int) -> Job:
@@ -100,23 +101,24 @@ class SharedTrials:
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = directory
 
-    def __call__(self, loop: "StageLoop", gap: float, steps: int) -> dict[str, float]:
+    def __call__(self, loop: "StageLoop", plan: "TrialPlan") -> dict[str, float]:
         """Returns what ``comp.lookahead.trial_costs`` returns."""
-        state, live = self._directory.latest_state_name(), loop.strategy.live
-        places = {mode: Storage(_place(self._directory.job, state, mode)) for mode in live}
+        modes, gap, steps = plan
+        state = self._directory.latest_state_name()
+        places = {mode: Storage(_place(self._directory.job, state, mode)) for mode in modes}
         costs: dict[str, float | None] = {}
         longest = 0.0
-        for mode in live:
+        for mode in modes:
             if not places[mode].exists(BEGUN):
                 began = time.monotonic()
                 costs[mode] = _cost(loop, mode, gap, steps)
                 longest = max(longest, time.monotonic() - began)
         deadline = time.monotonic() + PATIENCE * longest
-        for mode in live:
+        for mode in modes:
             if mode not in costs:
                 found = _wait(places[mode], deadline)
                 costs[mode] = found["cost"] if found else _cost(loop, mode, gap, steps)
-        in_order = {mode: costs[mode] for mode in live}
+        in_order = {mode: costs[mode] for mode in modes}
         return {mode: cost for mode, cost in in_order.items() if cost is not None}
 
 

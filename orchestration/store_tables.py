@@ -50,6 +50,7 @@ STAGE_SCHEMA = pa.schema(
         ("train_seconds", pa.float64()),
         ("eval_seconds", pa.float64()),
         ("snapshot", pa.float64()),
+        ("refreshed", pa.map_(pa.string(), pa.float64())),
         *_PLACE,
     ],
     metadata={"comp.table": "stages", "comp.version": str(FORMAT_VERSION)},
@@ -101,7 +102,7 @@ def row_of(job: Job, record: Record) -> dict[str, Any]:
 def record_of(row: dict[str, Any], body_type: type[StageRecord] | type[CurvePoint]) -> Record:
     """Rebuilds the record that a row was made from."""
     values = row | json.loads(row["extra"] or "{}")
-    for name in ("tokens", "layers", "details"):
+    for name in ("tokens", "layers", "details", "refreshed"):
         if name in values:
             values[name] = dict(values[name] or ())
     known = [field.name for field in dataclasses.fields(body_type) if field.name in values]

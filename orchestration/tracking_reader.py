@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comp.config import nearest
 from comp.results import CurvePoint, StageRecord
+from comp.words import nearest
 from orchestration.store_tables import from_parquet
 from orchestration.tracked import POINT_METRICS, TrackingError, prepare_client, redact
 

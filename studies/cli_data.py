@@ -177,7 +177,7 @@ def show_list(as_json: bool) -> None:
 @common
 def show(name: str, as_json: bool) -> None:
     """Print a preset, for example to start a spec of one's own."""
-    from comp.config import nearest
+    from comp.words import nearest
     from studies.presets import preset_names, preset_path
     from studies.yaml_text import read_yaml
 

@@ -20,7 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-from comp.config import PruningConfig, nearest
+from comp.config import PruningConfig
+from comp.words import nearest
 
 
 class Section(BaseModel):

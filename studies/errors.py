@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from comp.config import nearest
+from comp.words import nearest
 
 
 class SpecError(ValueError):

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comp.config import nearest
+from comp.words import nearest
 from orchestration.job import check_name
 from orchestration.lock import hold_location
 from orchestration.storage import Storage, absolute, is_remote, join

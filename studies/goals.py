@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import PlainSerializer, PlainValidator
 
-from comp.config import nearest
+from comp.words import nearest
 
 END = "end"
 AREA = "area"

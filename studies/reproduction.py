@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from comp.config import METHODS, PruningConfig
+from comp.config import PruningConfig
+from comp.methods import METHODS
 from comp.results import unpack_outcomes
 from orchestration.job import Job
 from orchestration.store import Run

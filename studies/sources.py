@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from comp.config import nearest
 from comp.results import StageRecord
+from comp.words import nearest
 from orchestration.storage import Storage, absolute, join, parent
 from orchestration.store import Run, list_runs, read_run
 from orchestration.tracked import is_tracking_uri

@@ -11,7 +11,8 @@ import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from comp.config import PruningConfig, nearest
+from comp.config import PruningConfig
+from comp.words import nearest
 from studies.domains import (
     DERIVED_KEYS,
     PRUNE_SHARE,

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
-from comp.config import nearest
+from comp.words import nearest
 from orchestration.storage import absolute, is_remote, join
 from studies.errors import SpecError, sentences
 from studies.matrix import expand

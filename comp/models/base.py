@@ -5,7 +5,6 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
-from comp.config import Method, check_site
 from comp.data.images import ImageTransform
 from comp.handle import (
     ALIGNMENT,
@@ -18,6 +17,7 @@ from comp.handle import (
     swap_forward,
 )
 from comp.madtp import Alignment
+from comp.methods import Method, check_site
 from comp.modes import Stream
 from comp.units import with_unit
 

@@ -7,10 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from comp.config import Method, nearest
 from comp.data.images import ImageTransform, transform_of
 from comp.errors import UnsupportedModelError
 from comp.handle import PruningHandle
+from comp.methods import Method
 from comp.models.base import Adapter, LoadedModel, attach_with
 from comp.models.bert_tokenizer import with_blip_tokens
 from comp.models.blip import BlipAdapter
@@ -21,6 +21,7 @@ from comp.models.llava import LlavaAdapter
 from comp.models.presets import MODEL_PRESETS, preset_directory
 from comp.models.siglip import SiglipAdapter
 from comp.modes import Stream
+from comp.words import nearest
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt", "tokenizer.model")
 _KEPT = ("size", "do_center_crop", "crop_size", "image_mean", "image_std")

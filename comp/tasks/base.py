@@ -33,6 +33,19 @@ class Evaluation:
     outcomes: str = field(default="", repr=False)
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of a training batch, to be held against what another one says of it.
+
+    Attributes:
+        logits: A row for everything that is chosen (a class, a word, a match), ``(R, C)``.
+        weights: What each row counts in the batch's loss, ``(R,)``.
+    """
+
+    logits: Tensor
+    weights: Tensor
+
+
 class Task(Protocol):
     """A data set, its batch layout, its loss and its metric.
 
@@ -81,6 +94,22 @@ class Task(Protocol):
         Runs under ``no_grad`` in eval mode. A forward pass that deployment would not run (the loss
         of a generative model, say) stands inside ``comp.blocks.unmetered(model)``.
         """
+        ...
+
+
+@runtime_checkable
+class PredictingTask(Task, Protocol):
+    """A task whose loss comes from logits, so that a model can learn from another's.
+
+    The rows of a prediction depend on the batch alone, not on the model.
+    """
+
+    def predict(self, model: nn.Module, batch: Batch) -> Prediction:
+        """Returns a prediction on a training batch; draws no random numbers in eval mode."""
+        ...
+
+    def loss_and_prediction(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Prediction]:
+        """Returns what ``loss`` and ``predict`` return, of one forward pass."""
         ...
 
 

@@ -1,12 +1,12 @@
 """A task's two ways through its splits: shuffled without end, and once in stored order."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from comp.tasks.base import ALONE, Batch, Shard
+from comp.tasks.base import ALONE, Batch, Prediction, Shard
 from comp.tasks.batching import Sample, ordered_batches, sample_splits, shuffled_batches
 
 
@@ -70,6 +70,23 @@ class BatchedTask(ABC, Generic[Sample]):
             batch_size=batch_size,
             num_samples=num_samples,
         )
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Returns the scalar training loss; see ``Task``."""
+        return self._judge(model, batch)[0]
+
+    def predict(self, model: nn.Module, batch: Batch) -> Prediction:
+        """Returns what a model says of a training batch; see ``PredictingTask``."""
+        return self._judge(model, batch)[1]()
+
+    def loss_and_prediction(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Prediction]:
+        """Returns what ``loss`` and ``predict`` return, of one forward pass."""
+        loss, predicted = self._judge(model, batch)
+        return loss, predicted()
+
+    @abstractmethod
+    def _judge(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Callable[[], Prediction]]:
+        """Returns the training loss and what makes the prediction behind it, if asked for."""
 
     @abstractmethod
     def _images(self, chosen: Sequence[Sample]) -> Tensor:

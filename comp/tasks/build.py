@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from comp.config import nearest
 from comp.data.images import ImageTransform
 from comp.data.imports.draft import read_json
 from comp.data.layout import DataSet
@@ -26,6 +25,7 @@ from comp.tasks.scenes import make_scenes, render_scenes
 from comp.tasks.statements import make_statements
 from comp.tasks.text import TextTokenizer
 from comp.tasks.vqa import VqaTask, stored_question
+from comp.words import nearest
 
 _NUM_SAMPLES = {
     "vqa": {"train": 30_000, "val": 3_000, "test": 3_000},

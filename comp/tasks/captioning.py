@@ -15,11 +15,11 @@ from torch.nn import functional
 from comp.blocks import unmetered
 from comp.data.images import normalize
 from comp.metrics import cider
-from comp.tasks.base import Batch
+from comp.tasks.base import Batch, Prediction
 from comp.tasks.batched import BatchedTask
 from comp.tasks.batching import Streamed
 from comp.tasks.captions import MAX_CAPTIONS, CaptionedImage, drawn_captions
-from comp.tasks.text import TextTokenizer, pad, pad_mask
+from comp.tasks.text import TextTokenizer, pad, pad_mask, word_prediction
 
 _IGNORED = -100  # what the loss leaves out
 MAX_TOKENS = 40
@@ -71,15 +71,17 @@ class CaptioningTask(BatchedTask[CaptionedImage]):
             raise ValueError("the tokenizer has no bos_token; captions begin with BLIP's [DEC]")
         self._start = [int(tokenizer.bos_token_id), *self._spell(prompt)]
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def _judge(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Callable[[], Prediction]]:
         """Returns the mean cross-entropy of the words after the prompt, smoothed."""
         logits = self._predict(model, batch, self._encode(model, batch))
-        return functional.cross_entropy(
+        words = batch["labels"][:, 1:]
+        loss = functional.cross_entropy(
             logits.float().flatten(0, 1),
-            batch["labels"][:, 1:].flatten(),
+            words.flatten(),
             ignore_index=_IGNORED,
             label_smoothing=self._smoothing,
         )
+        return loss, lambda: word_prediction(logits, words)
 
     def score(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns the share of the first reference's words predicted right, and their loss."""

@@ -4,7 +4,7 @@ A conversation is one sequence, the same for every turn; ``comp.tasks.dialogue``
 spelled.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from comp.data.images import normalize
 from comp.data.layout import EncodedImage, Row
-from comp.tasks.base import Batch
+from comp.tasks.base import Batch, Prediction
 from comp.tasks.batched import BatchedTask
 from comp.tasks.batching import (
     Images,
@@ -22,7 +22,7 @@ from comp.tasks.batching import (
 )
 from comp.tasks.dialogue import dialogue_of
 from comp.tasks.questions import Question
-from comp.tasks.text import TextTokenizer, pad, pad_mask
+from comp.tasks.text import TextTokenizer, pad, pad_mask, word_prediction
 
 _IGNORED = -100  # what the loss leaves out
 
@@ -120,20 +120,21 @@ class InstructTask(BatchedTask[AnyConversation]):
         self._dialogue = dialogue_of(tokenizer)
         self._image_place = self._dialogue.image_place
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def _judge(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Callable[[], Prediction]]:
         """Returns the mean cross-entropy of all answers' tokens."""
         shown = batch["has_image"]
         place = self._image_place
         ids, mask = _with_image(model, batch["input_ids"], batch["attention_mask"], shown, place)
         unlabelled = ids.shape[1] - batch["labels"].shape[1]
-        loss: Tensor = model(
+        labels = _inserted(batch["labels"], place, unlabelled, _IGNORED, shown, _IGNORED)
+        said = model(
             input_ids=ids,
             attention_mask=mask,
             pixel_values=_given(batch["pixel_values"]),
-            labels=_inserted(batch["labels"], place, unlabelled, _IGNORED, shown, _IGNORED),
+            labels=labels,
             use_cache=False,
-        ).loss
-        return loss
+        )
+        return said.loss, lambda: word_prediction(said.logits[:, :-1], labels[:, 1:])
 
     def score(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns whether greedy decoding writes the last answer, and its mean cross-entropy.

@@ -1,6 +1,6 @@
 """NLVR2: is a statement about two images true?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from comp.data.images import normalize
 from comp.data.layout import EncodedImage, Row
-from comp.tasks.base import Batch
+from comp.tasks.base import Batch, Prediction
 from comp.tasks.batched import BatchedTask
 from comp.tasks.batching import (
     Images,
@@ -73,10 +73,11 @@ class NlvrTask(BatchedTask[PairStatement]):
         self._tokenizer = tokenizer
         self._pad_id = int(tokenizer.pad_token_id or 0)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def _judge(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Callable[[], Prediction]]:
         """Returns the mean cross-entropy of the labels."""
-        loss: Tensor = model(**batch).loss
-        return loss
+        said = model(**batch)
+        shares = torch.full((len(said.logits),), 1 / len(said.logits), device=said.logits.device)
+        return said.loss, lambda: Prediction(said.logits, shares)
 
     def score(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns whether each statement is judged right, and its cross-entropy."""

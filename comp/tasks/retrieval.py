@@ -22,7 +22,7 @@ from comp.blocks import unmetered
 from comp.contrast import Candidates, Ranks, contrastive_loss, hard_negatives, rank_and_loss
 from comp.data.images import normalize
 from comp.momentum import momentum_of
-from comp.tasks.base import Batch
+from comp.tasks.base import Batch, Prediction
 from comp.tasks.batched import BatchedTask
 from comp.tasks.batching import Streamed, split_of
 from comp.tasks.captions import MAX_CAPTIONS, CaptionedImage, drawn_captions
@@ -102,7 +102,16 @@ class RetrievalTask(BatchedTask[CaptionedImage]):
         """Gives BLIP's class the temperature that it learns and the stock class lacks."""
         add_temperature_(model)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def predict(self, model: nn.Module, batch: Batch) -> Prediction:
+        """Returns how alike the batch's images and texts are, both ways, from features alone.
+
+        What the matching head says is left out: the pairs that it judges in training are drawn.
+        """
+        ids, mask = batch["input_ids"][:, 0], batch["attention_mask"][:, 0]
+        images = encode_images(model, batch["pixel_values"]).features
+        return _both_ways(similarity_factor(model) * images @ encode_texts(model, ids, mask).mT)
+
+    def _judge(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Callable[[], Prediction]]:
         """Returns the contrastive loss, plus the matching loss where the model has the head.
 
         While training, candidates and targets are the slow copy's; in eval mode they are the
@@ -116,10 +125,11 @@ class RetrievalTask(BatchedTask[CaptionedImage]):
         if model.training:
             candidates, alpha = self._candidates(model, batch, ids, mask, texts.shape[1])
         loss = contrastive_loss(images.features, texts, candidates, factor, alpha)
-        if images.rows is None:
-            return loss
-        similarity = (factor * images.features @ texts.mT).detach()
-        return loss + self._matching(model, batch, images.rows, ids, mask, similarity)
+        similarity = factor * images.features @ texts.mT
+        if images.rows is not None:
+            drawn_by = similarity.detach()
+            loss = loss + self._matching(model, batch, images.rows, ids, mask, drawn_by)
+        return loss, lambda: _both_ways(similarity)
 
     def score(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns both R@1 and the contrastive loss within the batch, of the first captions."""
@@ -285,6 +295,15 @@ class RetrievalTask(BatchedTask[CaptionedImage]):
             f"{prefix}input_ids": pad(ids, self._pad_id).unflatten(0, (len(told), most)),
             f"{prefix}attention_mask": pad_mask(ids).unflatten(0, (len(told), most)),
         }
+
+
+def _both_ways(similarity: Tensor) -> Prediction:
+    """Similarities ``(B, B)`` as rows: every image among the texts, every text among the images.
+
+    Each counts as in the contrastive loss: half of a mean over the batch.
+    """
+    rows = torch.cat([similarity, similarity.mT])
+    return Prediction(rows, rows.new_full((len(rows),), 1 / len(rows)))
 
 
 def _read(sample: CaptionedImage) -> tuple[str, ...]:

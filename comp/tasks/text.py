@@ -14,6 +14,8 @@ from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
+from comp.tasks.base import Prediction
+
 if TYPE_CHECKING:
     from comp.data.openmoji import Drawing
 
@@ -164,6 +166,20 @@ def pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
 def pad_mask(sequences: Sequence[Sequence[int]]) -> Tensor:
     """Returns 1 where ``pad`` keeps an id and 0 where it pads, ``(B, N)``, int64."""
     return pad([[1] * len(ids) for ids in sequences], 0)
+
+
+def word_prediction(logits: Tensor, words: Tensor, weights: Tensor | None = None) -> Prediction:
+    """Returns the rows of logits that predict a word.
+
+    Args:
+        logits: Of every next word, ``(K, L, V)``.
+        words: Ids of these words, negative where there is none to predict, ``(K, L)``.
+        weights: What every word of a text counts in the loss, ``(K,)``; by default the loss is
+            the mean over all words.
+    """
+    known = words >= 0
+    shares = known / known.sum() if weights is None else weights[:, None].expand(words.shape)
+    return Prediction(logits[known], shares[known])
 
 
 def _words(text: str) -> list[str]:

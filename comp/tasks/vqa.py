@@ -1,8 +1,8 @@
 """Visual question answering: BLIP's encoder and decoder, answers ranked as BLIP ranks them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +10,14 @@ from torch.nn import functional
 
 from comp.data.images import normalize
 from comp.data.layout import EncodedImage, Row
-from comp.tasks.base import Batch
+from comp.tasks.base import Batch, Prediction
 from comp.tasks.batched import BatchedTask
 from comp.tasks.batching import (
     Images,
     Streamed,
 )
 from comp.tasks.questions import Question
-from comp.tasks.text import TextTokenizer, encode, pad, pad_mask, without_marks
+from comp.tasks.text import TextTokenizer, encode, pad, pad_mask, without_marks, word_prediction
 from comp.tasks.vqa_answers import answer_accuracy, normalize_answer
 
 _IGNORED = -100  # what the loss leaves out
@@ -118,30 +118,30 @@ class VqaTask(BatchedTask[AnyQuestion]):
                 found.append({"question_id": question, "answer": self.answers[index]})
         return found
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def _judge(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Callable[[], Prediction]]:
         """Returns the mean over questions of their answers' losses, each by its share of people.
 
         An answer's loss is the cross-entropy of all its tokens, smoothed as the model says. Image
         and question are encoded once (BLIP, arXiv 2201.12086, the VQA fine-tuning).
         """
-        weights = batch["answer_weights"]  # (B, A)
-        question, answer = weights.nonzero(as_tuple=True)
-        labels = batch["answers"][question, answer]  # (K, L)
-        parts: Any = model
+        shares = batch["answer_weights"]  # (B, A)
+        question, answer = shares.nonzero(as_tuple=True)
+        ids, weights = batch["answers"][question, answer], shares[question, answer]  # (K, L), (K,)
+        words, parts = ids[:, 1:], cast(Any, model)
         logits = parts.text_decoder(
-            input_ids=labels[:, :-1].masked_fill(labels[:, :-1] == _IGNORED, self._pad_id),
+            input_ids=ids[:, :-1].masked_fill(ids[:, :-1] == _IGNORED, self._pad_id),
             encoder_hidden_states=self._encode(model, batch)[question],
             use_cache=False,
         ).logits
         losses = functional.cross_entropy(
             logits.float().mT,
-            labels[:, 1:],
+            words,
             ignore_index=_IGNORED,
             reduction="none",
             label_smoothing=float(parts.text_decoder.label_smoothing),
         ).sum(dim=1)
-        weighted: Tensor = weights[question, answer] * losses
-        return weighted.sum() / len(weights)
+        loss: Tensor = (weights * losses).sum() / len(shares)
+        return loss, lambda: word_prediction(logits, words, weights / len(shares))
 
     def score(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns the accuracy of the first-ranked answer, and the true one's cross-entropy.

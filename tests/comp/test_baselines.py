@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comp.config import METHODS, PruningConfig
+from comp.config import PruningConfig
 from comp.handle import PruningHandle, Structure
 from comp.masks import rank_scores
+from comp.methods import METHODS
 from comp.models import attach
 from comp.modes import PARAMETER_MODES, PruningMode
 from comp.pruner import Pruner

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from comp.blocks import _leave_out, unmetered
-from comp.config import Method
 from comp.handle import PruningHandle
 from comp.importance import ActivationStatistics
+from comp.methods import Method
 from comp.models import attach
 from comp.modes import Stream
 from comp.token_state import TokenState, real_rows

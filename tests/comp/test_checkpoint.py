@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from comp.checkpoint import load_pruned, save_pruned
-from comp.config import METHODS
 from comp.errors import CheckpointMismatch, UnsupportedModelError
 from comp.handle import handle_of
+from comp.methods import METHODS
 from comp.models import attach
 from comp.modes import Stream
 from comp.shrink import shrink_

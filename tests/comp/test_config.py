@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from comp.config import METHODS, PruningConfig, nearest
+from comp.config import PruningConfig
+from comp.methods import METHODS
+from comp.words import nearest
 
 
 @pytest.mark.equations("Eq. 9", "Eq. 10")

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from comp.checkpoint import load_pruned
-from comp.config import METHODS, PruningConfig
+from comp.config import PruningConfig
 from comp.finetune import make_optimizer, train_step
 from comp.handle import PruningHandle, handle_of
 from comp.madtp import LOSS_WEIGHT, Alignment, aligned_importance, keep_aligned
+from comp.methods import METHODS
 from comp.models import attach, detach
 from comp.modes import Stream
 from comp.pruner import evaluate_dense

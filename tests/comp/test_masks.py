@@ -17,7 +17,7 @@ from comp.masks import (
     mask_value,
     obtainable_macs,
     rank_scores,
-    rank_units,
+    scores_of,
     standardise,
     unit_scores,
 )
@@ -75,6 +75,12 @@ def test_fading_keeps_what_was_pruned_before(handle: PruningHandle) -> None:
     fade_(handle, UnitChoice({name: [0]}, 0.0, 0.0), 0.0)
     fade_(handle, UnitChoice({name: [2]}, 0.0, 0.0), 0.5)
     assert handle.masks[name].tolist() == [0.0, 1.0, 0.5, 1.0]
+
+
+def rank_units(
+    groups: list, statistics: ActivationStatistics, masks: dict[str, Tensor]
+) -> list[RankedUnit]:
+    return rank_scores(groups, scores_of(groups, statistics), masks)
 
 
 # --- ranking -----------------------------------------------------------------------------------

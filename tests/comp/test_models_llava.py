@@ -18,9 +18,10 @@ from transformers.cache_utils import DynamicCache
 
 from comp import cost
 from comp.checkpoint import save_pruned
-from comp.config import Method, PruningConfig
+from comp.config import PruningConfig
 from comp.errors import UnsupportedModelError
 from comp.handle import PruningHandle
+from comp.methods import Method
 from comp.models import attach, detach
 from comp.models.llava import token_boundaries
 from comp.modes import PruningMode, Stream

@@ -17,18 +17,20 @@ from torch import Tensor, nn
 
 from comp import results
 from comp.checkpoint import load_pruned
-from comp.config import METHODS, PruningConfig
+from comp.config import PruningConfig
 from comp.errors import BudgetUnreachable, NanLoss, UnsupportedModelError
+from comp.fixed_strategy import FixedStrategy
 from comp.handle import handle_of
-from comp.lookahead import trial_cost
+from comp.lookahead import LookaheadStrategy, trial_cost
 from comp.masks import mask_value
+from comp.methods import METHODS
 from comp.models import attach
 from comp.modes import PruningMode, Stream
 from comp.pruner import Pruner, evaluate_dense, prune
 from comp.results import CurvePoint, StageRecord
 from comp.schedules import make_strategy
 from comp.shrink import shrink_
-from comp.strategy import FixedStrategy, LookaheadStrategy, MultiModeStrategy, history_weight
+from comp.strategy import MultiModeStrategy, history_weight
 from comp.tasks.base import Batch
 from tests.tiny import FAMILIES, TinyFamily, TinyTask
 

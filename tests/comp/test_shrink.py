@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comp.config import Method
 from comp.errors import CheckpointMismatch
 from comp.handle import PruningHandle
+from comp.methods import Method
 from comp.models import attach
 from comp.modes import Stream
 from comp.shrink import apply_plan_, migrate_optimizer_, num_parameters, shrink_

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
+from comp.fixed_strategy import FixedStrategy
+from comp.lookahead import LookaheadStrategy
 from comp.strategy import (
-    FixedStrategy,
-    LookaheadStrategy,
     MultiModeStrategy,
     exploration_probabilities,
     history_weight,

@@ -12,10 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from comp.checkpoint import load_pruned
-from comp.config import METHODS, Method, PruningConfig
+from comp.config import PruningConfig
 from comp.handle import PruningHandle
 from comp.importance import ActivationStatistics
 from comp.masks import unit_scores
+from comp.methods import METHODS, Method
 from comp.models import attach
 from comp.modes import Stream
 from comp.pruner import Pruner

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from comp.config import METHODS, PruningConfig
+from comp.config import PruningConfig
 from comp.handle import PruningHandle
+from comp.methods import METHODS
 from comp.models import attach
 from comp.pruner import Pruner
 from comp.results import StageRecord

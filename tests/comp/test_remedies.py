@@ -1,0 +1,217 @@
+"""Options beyond the paper: fading exploration, refreshed costs, smaller last quanta, prices."""
+
+import copy
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from comp.config import PruningConfig
+from comp.lookahead import trial_cost
+from comp.masks import rank_scores
+from comp.models import attach
+from comp.modes import PruningMode
+from comp.opening import open_stage, trials_before, way_left
+from comp.pruner import Pruner
+from comp.raising import shrinking_quantum
+from comp.results import StageRecord
+from comp.strategy import MultiModeStrategy
+from tests.comp.test_distillation import CONFIG, dense_point
+from tests.tiny import FAMILIES, TinyTask
+
+NLVR = FAMILIES["blip-nlvr"]
+TASK = TinyTask(NLVR)
+RATIO = 0.2
+MODES = ["a", "b", "c"]
+
+
+def pruner_of(**values: Any) -> Pruner:
+    own = {"ratios": (RATIO,), "stage_quantum": 0.02, "distillation": 0.0, **values}
+    config = dataclasses.replace(CONFIG, **own)
+    return Pruner(NLVR.build(0), TASK, config, dense=dense_point(), dense_model=NLVR.build(0))
+
+
+def after_stages(pruner: Pruner, number: int) -> list[StageRecord]:
+    for record in pruner.run():
+        if isinstance(record, StageRecord) and record.stage == number:
+            break
+    return pruner.stages
+
+
+def swept(exploration: float = 1.0, seed: int = 0) -> MultiModeStrategy:
+    """A strategy with a cost for every mode."""
+    strategy = MultiModeStrategy(MODES, exploration=exploration, seed=seed)
+    for _ in MODES:
+        strategy.record(strategy.choose(), 1.0)
+    return strategy
+
+
+# --- exploration that fades --------------------------------------------------------------------
+
+
+def test_the_probability_of_exploring_is_rho_times_the_way_that_is_left() -> None:
+    strategy = swept(0.2)
+    for reached, left in ((0.0, 1.0), (0.6, 0.25), (0.8, 0.0), (-0.1, 1.0), (0.9, 0.0)):
+        strategy.exploration_left = way_left(reached, 0.8)
+        assert strategy.explore_probability == pytest.approx(0.2 * left)
+
+
+def test_at_the_target_nothing_explores() -> None:
+    strategy = swept(1.0)
+    strategy.exploration_left = 0.0
+    for _ in range(20):
+        strategy.record(strategy.choose(), 1.0)
+        assert strategy.choice == "greedy"
+
+
+def test_a_loop_tells_its_strategy_how_far_it_is() -> None:
+    pruner = pruner_of(fade_exploration=True)
+    first, _ = after_stages(pruner, 2)
+    assert isinstance(pruner.strategy, MultiModeStrategy)
+    assert 0 < pruner.strategy.exploration_left < 1
+    assert pruner.strategy.exploration_left == pytest.approx(1 - first.ratio / RATIO)
+
+
+# --- costs that are measured again -------------------------------------------------------------
+
+
+def test_a_cost_is_stale_some_stages_after_its_run_or_refresh() -> None:
+    strategy = MultiModeStrategy(["a", "b"], exploration=0.0)
+    strategy.record(strategy.choose(exclude=["b"]), 1.0)
+    assert strategy.stale(1) == []
+    for stage in (2, 3):
+        assert strategy.stale(3) == []
+        strategy.record(strategy.choose(exclude=["a"]), 1.0)
+        assert (strategy.stage, strategy.stale(2)) == (stage, ["a"] if stage == 3 else [])
+    strategy.refresh(["a"], {"a": 7.0})
+    assert strategy.costs["a"] == 7.0
+    assert strategy.stale(1) == []
+
+
+def test_a_mode_that_has_nothing_to_give_keeps_its_cost_for_a_while() -> None:
+    strategy = swept()
+    strategy.refresh(MODES, {"b": 7.0})
+    assert strategy.costs == {"a": 1.0, "b": 7.0, "c": 1.0}
+    assert strategy.stale(1) == []
+
+
+def test_refreshes_survive_a_restart() -> None:
+    strategy = swept()
+    strategy.refresh(["a"], {"a": 7.0})
+    again = MultiModeStrategy(MODES)
+    again.restore(strategy.state())
+    assert (again.costs, again.stale(1)) == (strategy.costs, strategy.stale(1))
+
+
+def test_a_stage_refreshes_idle_costs_without_touching_a_weight() -> None:
+    pruner = pruner_of(refresh_after=2, exploration=0.0)
+    after_stages(pruner, 3)
+    weights, old = copy.deepcopy(pruner.model.state_dict()), pruner.strategy.costs
+    plan = trials_before(pruner, RATIO)
+    assert plan is not None
+    assert pruner.stages[0].mode in plan.modes
+    assert pruner.stages[-1].mode not in plan.modes
+    expected = {m: trial_cost(pruner, PruningMode(m), plan.gap, 0) for m in plan.modes}
+    opening = open_stage(pruner, RATIO)
+    assert opening.refreshed == expected
+    assert all(pruner.strategy.costs[m] == cost != old[m] for m, cost in expected.items())
+    state = pruner.model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in state.items())
+    assert not pruner.handle.masks
+
+
+def test_the_record_of_a_stage_tells_what_was_refreshed() -> None:
+    stages = after_stages(pruner_of(exploration=0.0, refresh_after=1), 3)
+    assert [set(stage.refreshed) for stage in stages] == [set(), set(), {stages[0].mode}]
+    assert math.isfinite(stages[2].refreshed[stages[0].mode])
+
+
+# --- quanta that shrink ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", [0.1, 0.5, 1.0])
+def test_as_many_shrinking_quanta_make_up_the_way(last: float) -> None:
+    reached, quanta = 0.0, []
+    for _ in range(12):
+        quanta.append(shrinking_quantum(reached, 0.8, 0.8 / 12, last))
+        reached += quanta[-1]
+    assert reached == pytest.approx(0.8)
+    assert quanta[-1] / quanta[0] == pytest.approx(last)
+    factors = [after / before for before, after in itertools.pairwise(quanta)]
+    assert factors == pytest.approx([last ** (1 / 11)] * 11)
+
+
+def test_quanta_stay_between_the_first_and_the_last() -> None:
+    first = shrinking_quantum(0.0, 0.8, 0.1, 0.25)
+    assert shrinking_quantum(-0.3, 0.8, 0.1, 0.25) == first
+    assert shrinking_quantum(0.85, 0.8, 0.1, 0.25) == pytest.approx(0.25 * first)
+    assert shrinking_quantum(0.0, 0.1, 0.2, 0.25) == 0.2
+
+
+def test_a_run_begins_with_the_larger_quanta() -> None:
+    even, shrinking = (
+        after_stages(pruner_of(method="sjp", stage_quantum=0.05, last_quantum=last), 1)[0].ratio
+        for last in (1.0, 0.1)
+    )
+    assert shrinking > even + 0.02
+
+
+# --- scores per FLOP ---------------------------------------------------------------------------
+
+
+def test_of_two_units_the_costlier_goes_first_by_score_per_flop() -> None:
+    groups = [g for g in attach(NLVR.build(0)).groups.values() if g.kind == "head"][:2]
+    cheap, costly = groups[0].name, groups[1].name
+    scores = {cheap: torch.full((4,), 1.0), costly: torch.full((4,), 2.0)}
+    by_score = rank_scores(groups, scores, {})
+    by_price = rank_scores(groups, scores, {}, prices={cheap: 10.0, costly: 30.0})
+    assert [entry.group for entry in by_score] == [cheap] * 4 + [costly] * 4
+    assert [entry.group for entry in by_price] == [costly] * 4 + [cheap] * 4
+
+
+def test_equal_prices_change_no_order() -> None:
+    groups = list(attach(NLVR.build(0)).groups.values())
+    scores = {group.name: torch.rand(group.num_units) for group in groups}
+    prices = {group.name: 7.0 for group in groups}
+    plain, priced = (rank_scores(groups, scores, {}, prices=given) for given in (None, prices))
+    assert [entry[:2] for entry in plain] == [entry[:2] for entry in priced]
+
+
+def test_a_run_ranks_by_what_units_cost_on_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def watched(*args: Any, prices: Any, **options: Any) -> Any:
+        seen.append(prices)
+        return rank_scores(*args, prices=prices, **options)
+
+    monkeypatch.setattr("comp.raising.rank_scores", watched)
+    for rank_by in ("score", "score_per_flop"):
+        after_stages(pruner_of(method="param", rank_by=rank_by), 1)
+    assert seen[0] is None
+    assert all(price > 0 for price in seen[1].values())
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"method": "sjp", "refresh_after": 3}, r"refresh_after 3 is for the costs of the sched"),
+        ({"method": "cas", "fade_exploration": True}, r"fade_exploration is for .* leave it out"),
+        ({"method": "token", "rank_by": "score_per_flop"}, r"'token' prunes tokens alone"),
+        ({"method": "upop_sine", "last_quantum": 0.5}, r"last_quantum 0.5 is for .* leave last_q"),
+        ({"distill_stages": True}, r"distillation is 0; give it a weight"),
+        ({"refresh_after": 0}, r"refresh_after must be in"),
+        ({"last_quantum": 0.0}, r"last_quantum must be in"),
+        ({"distillation": -1.0}, r"distillation must be in"),
+        ({"distillation_temperature": 0.0}, r"distillation_temperature must be in"),
+        ({"rank_by": "flops"}, r"rank_by must be one of score, score_per_flop"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(values: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        PruningConfig(**values)
