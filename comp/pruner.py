@@ -11,6 +11,7 @@ Source: CoMP (arXiv 2604.02956), Section 3 and Algorithm 1.
 
 import copy
 import gc
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -181,6 +182,7 @@ class Pruner(StageLoop):
     def _finish(self, model: nn.Module, ratio: float) -> CurvePoint:
         handle = handle_of(model)
         shrink_(handle)
+        begin = time.perf_counter()
         with torch.random.fork_rng(devices=self._rng_devices()):
             torch.manual_seed(self._random_seed(-self._num_passed))
             tuned = fine_tune_(
@@ -196,11 +198,13 @@ class Pruner(StageLoop):
                 ),
                 teacher=self.teacher or self.make_teacher(),
             )
+        seconds = time.perf_counter() - begin
         handle.momentum = None
         before = self.stages[-1].val if self.stages else self.points[0].val
-        return self.yardstick.point(
+        point = self.yardstick.point(
             model, tuned, ratio=ratio, before=before, dense_macs=self._dense_macs
         )
+        return replace(point, fine_tune_seconds=seconds)
 
     # --- saving ----------------------------------------------------------------------------
 

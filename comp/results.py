@@ -118,6 +118,7 @@ class CurvePoint:
         latency_ms: Median latency of one evaluation batch.
         dense_latency_ms: The same for the dense model, interleaved in the same process.
         fine_tuned: Steps of fine-tuning behind the point.
+        fine_tune_seconds: Wall time of that fine-tuning with its validations.
         test_ratio: The FLOPs ratio measured on the test split.
         layers: What is left in every layer: heads, channels, cross-attention heads and the mean
             tokens that leave it, by ``encoder.layer.part``, for example ``vision.3.heads``.
@@ -145,6 +146,7 @@ class CurvePoint:
     layers: dict[str, float] = field(default_factory=dict)
     details: dict[str, float] = field(default_factory=dict)
     outcomes: str = field(default="", repr=False)
+    fine_tune_seconds: float = 0.0
 
     @property
     def speed_up(self) -> float:

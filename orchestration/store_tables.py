@@ -67,6 +67,7 @@ CURVE_SCHEMA = pa.schema(
         ("latency_ms", pa.float64()),
         ("dense_latency_ms", pa.float64()),
         ("fine_tuned", pa.int64()),
+        ("fine_tune_seconds", pa.float64()),
         ("val_before_tuning", pa.float64()),
         ("test_ratio", pa.float64()),
         ("details", pa.map_(pa.string(), pa.float64())),

@@ -39,6 +39,15 @@ VOCABULARY = 40
 IMAGE_SIZE = 32
 MAX_WORDS = 10
 IMAGE_TOKEN = VOCABULARY - 1
+CLOCKS = (
+    "seconds",
+    "train_seconds",
+    "eval_seconds",
+    "fine_tune_seconds",
+    "latency_ms",
+    "dense_latency_ms",
+)
+"""What a clock says in a record, so that no two runs agree on it."""
 
 ALL_MODES = tuple(PruningMode)
 NO_TEXT_TOKENS = tuple(mode for mode in PruningMode if mode is not PruningMode.LANGUAGE_TOKENS)
@@ -536,3 +545,22 @@ class TinyTask:
 
     def _rows(self, split: str, rows: Tensor) -> Batch:
         return {name: value[rows] for name, value in self._splits[split].items()}
+
+
+def check_prediction(task: Any, model: nn.Module, batch: Batch, truth: Tensor) -> None:
+    """Asserts that a task's predictions are what its loss, without smoothing, is made of.
+
+    Args:
+        task: A ``PredictingTask``.
+        model: A model in eval mode.
+        batch: A batch.
+        truth: The right choice of every row of the prediction, ``(R,)``.
+    """
+    with torch.no_grad():
+        loss, said = task.loss_and_prediction(model, batch)
+        alone = task.predict(model, batch)
+        assert torch.equal(task.loss(model, batch), loss)
+    assert torch.equal(said.logits, alone.logits)
+    assert torch.equal(said.weights, alone.weights)
+    rows = functional.cross_entropy(said.logits.float(), truth, reduction="none")
+    torch.testing.assert_close((said.weights * rows).sum(), loss)

@@ -18,7 +18,7 @@ from comp.pruner import Pruner
 from comp.results import CurvePoint, StageRecord
 from comp.upop import gradient_scores
 from comp.workers import Workers
-from tests.tiny import FAMILIES, TinyTask
+from tests.tiny import CLOCKS, FAMILIES, TinyTask
 
 CONFIG = PruningConfig(
     ratios=(0.2,),
@@ -37,7 +37,7 @@ CONFIG = PruningConfig(
     test_samples=4,
     device="cpu",
 )
-TIMES = ("seconds", "train_seconds", "eval_seconds", "latency_ms", "dense_latency_ms", "outcomes")
+TIMES = (*CLOCKS, "outcomes")
 Records = list[StageRecord | CurvePoint]
 
 

@@ -19,7 +19,7 @@ from comp.models import attach
 from comp.pruner import Pruner, evaluate_dense
 from comp.results import CurvePoint, Snapshot, StageRecord
 from comp.tasks.base import Batch, Prediction
-from tests.tiny import FAMILIES, TinyTask
+from tests.tiny import CLOCKS, FAMILIES, TinyTask
 
 NLVR = FAMILIES["blip-nlvr"]
 CONFIG = PruningConfig(
@@ -146,11 +146,8 @@ def dense_point() -> CurvePoint:
     return evaluate_dense(NLVR.build(0), TASK, dataclasses.replace(CONFIG, distillation=0.0))
 
 
-TIMES = ("seconds", "train_seconds", "eval_seconds", "latency_ms", "dense_latency_ms")
-
-
 def figures(records: list[StageRecord | CurvePoint]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.to_dict().items() if k not in TIMES} for r in records]
+    return [{k: v for k, v in r.to_dict().items() if k not in CLOCKS} for r in records]
 
 
 def weights_of(pruner: Pruner) -> list[Tensor]:

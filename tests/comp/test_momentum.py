@@ -21,6 +21,7 @@ from comp.tasks.captions import CaptionedImage
 from comp.tasks.encoders import encode_images
 from comp.tasks.retrieval import ALPHA, RetrievalTask
 from tests.comp.test_retrieval import tiny
+from tests.tiny import CLOCKS
 
 CONFIG = PruningConfig(
     ratios=(0.15, 0.25),
@@ -182,8 +183,7 @@ def run(pruner: Pruner, stop: int | None = None) -> list[StageRecord | CurvePoin
 
 
 def values(records: list[StageRecord | CurvePoint]) -> list[object]:
-    timed = {"seconds", "train_seconds", "eval_seconds", "latency_ms", "dense_latency_ms"}
-    return [{k: v for k, v in one.to_dict().items() if k not in timed} for one in records]
+    return [{k: v for k, v in one.to_dict().items() if k not in CLOCKS} for one in records]
 
 
 @FAMILIES

@@ -32,7 +32,7 @@ from comp.schedules import make_strategy
 from comp.shrink import shrink_
 from comp.strategy import MultiModeStrategy, history_weight
 from comp.tasks.base import Batch
-from tests.tiny import FAMILIES, TinyFamily, TinyTask
+from tests.tiny import CLOCKS, FAMILIES, TinyFamily, TinyTask
 
 NLVR = FAMILIES["blip-nlvr"]
 CONFIG = PruningConfig(
@@ -51,7 +51,6 @@ CONFIG = PruningConfig(
     probe_samples=8,
     device="cpu",
 )
-MEASURED = {"seconds", "train_seconds", "eval_seconds", "latency_ms", "dense_latency_ms"}
 
 
 def configured(**values: Any) -> PruningConfig:
@@ -79,7 +78,7 @@ def pruner_of(family: TinyFamily = NLVR, task: TinyTask | None = None, **values:
 
 def comparable(record: StageRecord | CurvePoint) -> dict[str, Any]:
     """A record without what a clock says."""
-    return {k: v for k, v in record.to_dict().items() if k not in MEASURED}
+    return {k: v for k, v in record.to_dict().items() if k not in CLOCKS}
 
 
 def all_comparable(pruner: Pruner) -> list[dict[str, Any]]:

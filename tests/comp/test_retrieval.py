@@ -15,6 +15,7 @@ from comp.checkpoint import load_pruned, save_pruned
 from comp.config import PruningConfig
 from comp.cost import Measurement
 from comp.data.openmoji import OpenMoji
+from comp.distillation import Teacher
 from comp.evaluation import evaluate
 from comp.finetune import make_optimizer, train_step
 from comp.models import attach, detach
@@ -37,7 +38,7 @@ from comp.tasks.retrieval import RetrievalTask
 from comp.tasks.scenes import make_scenes, render_scenes
 from comp.tasks.vqa import VqaTask
 from comp.train import RECIPES
-from tests.tiny import randomise_, siglip_config
+from tests.tiny import check_prediction, randomise_, siglip_config
 
 TINY = BlipShape(width=16, heads=2, vision_layers=2, text_layers=2, image_size=64, patch_size=16)
 
@@ -85,6 +86,25 @@ def test_a_sample_is_an_image_with_three_captions(task: RetrievalTask) -> None:
     assert batch["pixel_values"].shape == (8, 3, 64, 64)
     assert batch["input_ids"].shape == batch["attention_mask"].shape
     assert batch["input_ids"].shape[:2] == (8, 3)
+
+
+def test_a_prediction_ranks_the_batch_both_ways(task: RetrievalTask, tokenizer: Any) -> None:
+    batch = next(task.batches("val", batch_size=6))
+    truth = torch.arange(6).repeat(2)
+    check_prediction(task, tiny_clip(tokenizer).eval(), batch, truth)
+
+
+def test_a_teacher_for_retrieval_draws_no_pairs(task: RetrievalTask, tokenizer: Any) -> None:
+    batch = next(task.train_batches(batch_size=6, seed=0))
+    config = PruningConfig(distillation=1.0)
+    model, teacher = tiny_blip(tokenizer), Teacher(tiny_blip(tokenizer), task, config)
+    attach(model).stock_when_idle = False
+    task.prepare_(model)
+    losses = []
+    for lossy in (task.loss, teacher.loss):
+        torch.manual_seed(0)
+        losses.append(float(lossy(model.eval(), batch).detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # of one weight, so they agree
 
 
 def test_training_takes_one_caption_of_each_image_in_turn(task: RetrievalTask) -> None:

@@ -21,6 +21,7 @@ from comp.tasks import build_task
 from comp.tasks.captioning import CaptioningTask
 from comp.tasks.captions import CaptionedImage, stored_captions
 from comp.tasks.text import build_tokenizer
+from tests.tiny import check_prediction
 
 SHAPE = BlipShape(width=32, heads=4, vision_layers=2, text_layers=2, image_size=64, patch_size=16)
 FAST: dict[str, Any] = {"eval_samples": 16, "test_samples": 16, "eval_batch_size": 16}
@@ -65,6 +66,13 @@ def test_the_loss_is_that_of_the_stock_model(task: Any, tokenizer: Any) -> None:
         labels=batch["labels"],
     ).loss
     torch.testing.assert_close(task.loss(model, batch), stock)
+
+
+def test_a_prediction_has_a_row_for_every_word_behind_the_prompt(tokenizer: Any) -> None:
+    task = two_images(tokenizer, prompt="a picture of", smoothing=0.0)
+    batch = next(task.train_batches(batch_size=2, seed=0))
+    words = batch["labels"][:, 1:]
+    check_prediction(task, small(tokenizer).eval(), batch, words[words >= 0])
 
 
 def test_the_prompt_is_given_and_not_predicted(tokenizer: Any) -> None:

@@ -16,7 +16,7 @@ from comp.modes import Stream
 from comp.tasks.base import Batch
 from comp.tasks.instruct import Conversation, InstructTask, make_conversations
 from comp.tasks.questions import Question, make_questions
-from tests.tiny import llava_config, random_masks, randomise_
+from tests.tiny import check_prediction, llava_config, random_masks, randomise_
 
 
 def build(openmoji: OpenMoji, tokenizer: Any, **options: Any) -> InstructTask:
@@ -110,6 +110,15 @@ def test_a_tokenizer_that_cannot_begin_a_conversation_is_refused(
     other.bos_token = None
     with pytest.raises(ValueError, match="no bos_token"):
         build(openmoji, other)
+
+
+def test_a_prediction_has_a_row_for_every_word_of_every_answer(
+    task: InstructTask, tokenizer: Any
+) -> None:
+    """Also where the model drops tokens: answers never are."""
+    batch = next(task.train_batches(batch_size=4, seed=0))
+    model = pruned(tokenizer).model
+    check_prediction(task, model, batch, batch["labels"][batch["labels"] >= 0])
 
 
 def test_loss_trains_every_part_of_the_stock_model(task: InstructTask, tokenizer: Any) -> None:

@@ -10,6 +10,7 @@ from comp.models.blip_nlvr import BlipForNLVR
 from comp.tasks.base import Batch
 from comp.tasks.nlvr import NlvrTask
 from comp.tasks.statements import make_statements
+from tests.tiny import check_prediction
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,11 @@ def tiny_model(tokenizer: Any) -> BlipForNLVR:
             vision_config={**shared, "image_size": 64, "patch_size": 16},
         )
     ).eval()
+
+
+def test_a_prediction_has_a_row_for_every_statement(task: NlvrTask, tokenizer: Any) -> None:
+    batch = next(task.train_batches(batch_size=8, seed=0))
+    check_prediction(task, tiny_model(tokenizer), batch, batch["labels"])
 
 
 def test_a_batch_holds_two_images_a_statement(task: NlvrTask) -> None:

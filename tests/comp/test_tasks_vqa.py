@@ -14,6 +14,7 @@ from comp.tasks.base import Batch
 from comp.tasks.questions import all_answers, make_questions
 from comp.tasks.text import tokenizer_from_texts
 from comp.tasks.vqa import StoredQuestion, VqaTask
+from tests.tiny import check_prediction
 
 
 def build(openmoji: OpenMoji, tokenizer: Any, **options: Any) -> VqaTask:
@@ -106,6 +107,14 @@ def test_a_tokenizer_that_cannot_begin_an_answer_is_refused(
     other.bos_token = None
     with pytest.raises(ValueError, match="no bos_token"):
         build(openmoji, other)
+
+
+def test_a_prediction_has_a_row_for_every_word_of_every_answer(
+    task: VqaTask, tokenizer: Any
+) -> None:
+    batch = next(task.train_batches(batch_size=8, seed=0))
+    words = batch["answers"][batch["answer_weights"] > 0][:, 1:]
+    check_prediction(task, tiny_model(tokenizer), batch, words[words >= 0])
 
 
 def test_loss_trains_every_part_of_the_stock_model(task: VqaTask, tokenizer: Any) -> None:

@@ -18,7 +18,7 @@ from orchestration import forks, worker
 from orchestration.job import Fork, Job, Record, Suspended
 from orchestration.store import RunDirectory
 from tests.orchestration.trials import make_job
-from tests.tiny import FAMILIES, TinyTask
+from tests.tiny import CLOCKS, FAMILIES, TinyTask
 
 CONFIG = PruningConfig(
     ratios=(0.1, 0.2),
@@ -36,7 +36,6 @@ CONFIG = PruningConfig(
     tolerance=0.02,
     min_channels=4,
 )
-CLOCKS = ("seconds", "train_seconds", "eval_seconds", "latency_ms", "dense_latency_ms")
 
 
 def make_tiny_job(directory: Path, **changes: object) -> Job:
