@@ -13,13 +13,15 @@ Nothing of it counts as FLOPs of the pruned model, which runs alone once it is t
 Source: Hinton et al. (arXiv 1503.02531), section 2; t^2 keeps the size of the gradient.
 """
 
+import gc
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from comp.config import PruningConfig
 from comp.models import attach
-from comp.parking import sharing_copy
+from comp.parking import give_back, sharing_copy
 from comp.tasks.base import Batch, PredictingTask, Prediction, PreparingTask, Task
 
 
@@ -73,6 +75,12 @@ class Teacher:
         if isinstance(task, PreparingTask):
             task.prepare_(self._model)
         self._model.requires_grad_(False).eval()
+
+    def dismiss(self) -> None:
+        """Frees the memory at once: a model and its handle hold each other until a sweep."""
+        del self._model
+        gc.collect()
+        give_back()
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns the task's loss of a model in training plus the weighted term, a scalar."""

@@ -183,7 +183,7 @@ class Pruner(StageLoop):
         handle = handle_of(model)
         shrink_(handle)
         begin = time.perf_counter()
-        with torch.random.fork_rng(devices=self._rng_devices()):
+        with self.teaching() as teacher, torch.random.fork_rng(devices=self._rng_devices()):
             torch.manual_seed(self._random_seed(-self._num_passed))
             tuned = fine_tune_(
                 model,
@@ -196,7 +196,7 @@ class Pruner(StageLoop):
                     seed=self.config.seed + 1,
                     shard=handle.workers.shard,
                 ),
-                teacher=self.teacher or self.make_teacher(),
+                teacher=teacher,
             )
         seconds = time.perf_counter() - begin
         handle.momentum = None

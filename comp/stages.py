@@ -8,6 +8,8 @@ Source: CoMP (arXiv 2604.02956), Section 3 and Algorithm 1.
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -112,7 +114,7 @@ class StageLoop:
         self.optimizer = make_optimizer(model, config)
         self.records: list[StageRecord | CurvePoint] = []
         self.trials: Trials = trial_costs
-        self.teacher = self.make_teacher() if config.distill_stages else None
+        self.teacher = self._make_teacher() if config.distill_stages else None
         self._step = 0
         self._dense_macs = 0.0
         self._macs = 0.0
@@ -120,11 +122,20 @@ class StageLoop:
         self._resource = self._dense_resource = 0.0
         self._cost: Measurement | None = None
 
-    def make_teacher(self) -> Teacher | None:
-        """Returns the dense model to learn from, which takes memory for as long as it is held."""
-        if not self.config.distillation:
-            return None
+    def _make_teacher(self) -> Teacher:
         return Teacher(self.yardstick.dense_here(), self.task, self.config)
+
+    @contextmanager
+    def teaching(self) -> Iterator[Teacher | None]:
+        """Lends the dense model to learn from, if there is to be one; it takes memory inside."""
+        if self.teacher is not None or not self.config.distillation:
+            yield self.teacher
+            return
+        teacher = self._make_teacher()
+        try:
+            yield teacher
+        finally:
+            teacher.dismiss()
 
     def _allowed_modes(self) -> list[PruningMode]:
         have = self.handle.structure.modes()

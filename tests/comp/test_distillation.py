@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import functools
+import gc
 import itertools
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,24 @@ def test_fine_tuning_learns_from_the_dense_model_and_stages_do_not() -> None:
     without, other = run(distillation=0.0)
     assert figures(with_it)[:-1] == figures(without)[:-1]
     assert not all(map(torch.equal, weights_of(one), weights_of(other)))
+
+
+def test_a_teacher_is_freed_after_the_fine_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = []
+
+    class Watched(Teacher):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            models.append(weakref.ref(self._model))
+
+    monkeypatch.setattr("comp.stages.Teacher", Watched)
+    pruner = pruner_of(fine_tune_steps=0)
+    gc.disable()
+    try:
+        assert [type(body) for body in pruner.run()][-1] is CurvePoint
+    finally:
+        gc.enable()
+    assert [model() for model in models] == [None]
 
 
 def test_stages_learn_from_it_if_asked() -> None:
