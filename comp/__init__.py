@@ -1,7 +1,8 @@
 """comp: collaborative multi-mode pruning of vision-language models (CoMP, arXiv 2604.02956)."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from comp.lazy import resolve
 
 if TYPE_CHECKING:
     from comp.checkpoint import load_pruned, save_pruned
@@ -52,9 +53,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'comp' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return resolve(__name__, name, _HOMES)
 
 
 def __dir__() -> list[str]:

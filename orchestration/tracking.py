@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from comp.lazy import without_collection
 from orchestration.forks import ratio_name
 from orchestration.storage import Storage, StorageError
 from orchestration.store import Run, read_run
@@ -250,7 +251,8 @@ class MlflowTracker:
         if self._client is not None:
             return self._client
         prepare_client()
-        from mlflow.tracking import MlflowClient
+        with without_collection():
+            from mlflow.tracking import MlflowClient
 
         artifacts = None
         with _only_one_process(self._uri) as database:

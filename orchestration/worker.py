@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from comp.lazy import without_collection
 from comp.results import CurvePoint, Snapshot, StageRecord
 from orchestration import forks, probes
 from orchestration.job import (
@@ -129,7 +130,8 @@ def _runner(name: str) -> Runner:
     module, colon, function = name.partition(":")
     if not colon:
         raise ValueError(f"runner must be 'module:function', but got {name!r}")
-    found: Runner = getattr(importlib.import_module(module), function)
+    with without_collection():
+        found: Runner = getattr(importlib.import_module(module), function)
     return found
 
 
@@ -139,9 +141,10 @@ def prune(job: Job, directory: RunDirectory) -> Iterator[Record | Fork | Suspend
     Yields:
         The records that are new, and what ``orchestration/forks.py`` adds.
     """
-    import torch
+    with without_collection():
+        import torch
 
-    from comp.workers import Workers
+        from comp.workers import Workers
 
     torch.set_num_threads(job.threads)
     if job.kind == "prune" and Workers.here().is_first and forks.is_over(directory):

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import gc
 import json
 import logging
 import math
@@ -41,21 +40,6 @@ def mistakes() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise Mistake(str(error)) from error
-
-
-@contextlib.contextmanager
-def without_collection() -> Iterator[None]:
-    """Keeps Python from looking for garbage, a fifth of the time among objects that all stay.
-
-    A decorator for commands that read a large study, show it and end.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 class CompGroup(click.Group):

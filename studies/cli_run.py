@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from comp.lazy import without_collection
 from studies.cli_base import (
     DEFAULT_ROOT,
     Interrupted,
@@ -15,7 +16,6 @@ from studies.cli_base import (
     root_option,
     trust_option,
     with_spec,
-    without_collection,
 )
 from studies.cli_study import conduct, inline_option
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from comp.lazy import without_collection
 from studies.cli_base import (
     DEFAULT_ROOT,
     LOCKED,
@@ -19,7 +20,6 @@ from studies.cli_base import (
     show_counts,
     trust_option,
     with_spec,
-    without_collection,
 )
 from studies.cli_jobs import JobEnded, address_option, attach, submit
 

@@ -16,7 +16,8 @@ case "$*" in
   *ensurepip*) exit {ensurepip} ;;
   "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
   "-m pip "*) echo "pip $*"; echo "{says}"; exit {pip} ;;
-  "-c import comp, "*) echo "{says}"; exit {imports} ;;
+  "-c import comp;"*) echo "{says}"; exit {imports} ;;
+  "-c import mlflow,"*) ;;
   *) exit 64 ;;
 esac
 """

@@ -1,9 +1,15 @@
 """Start-up stays light: heavy libraries are imported where they are used, not before."""
 
+import gc
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
+
+import comp
+import comp.models
+import comp.tasks
 
 HEAVY = ("mlflow", "optuna", "ray", "torch", "transformers")
 
@@ -67,8 +73,21 @@ def test_import_comp_takes_a_tenth_of_a_second_beyond_torch() -> None:
     assert any(float(run(SECONDS_BEYOND_TORCH)) <= 0.1 for _ in range(3))
 
 
-def test_public_names_are_found_on_first_use() -> None:
-    assert "torch" in loaded_by("import comp; comp.prune")
+@pytest.mark.parametrize("package", [comp, comp.models, comp.tasks])
+def test_public_names_are_found_on_first_use(package: ModuleType) -> None:
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    assert set(package.__all__) <= set(dir(package))
+
+
+def test_an_import_leaves_the_collection_of_garbage_as_it_was() -> None:
+    for was_on in (True, False):
+        (gc.enable if was_on else gc.disable)()
+        try:
+            assert comp.load_model
+            assert gc.isenabled() == was_on
+        finally:
+            gc.enable()
 
 
 def test_an_unknown_public_name_is_an_attribute_error() -> None:

@@ -71,8 +71,10 @@ pip_install() { # --no-compile: few modules are ever imported, and Python compil
 }
 
 try_imports() { # this also compiles what every command needs, whatever the environment says
-    env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -c \
-        'import comp, mlflow, optuna, ray; comp.load_model, comp.prune' >>"$log" 2>&1
+    local python="env -u PYTHONDONTWRITEBYTECODE $venv/bin/python" others
+    $python -c 'import mlflow, optuna, ray' >>"$log" 2>&1 &
+    others=$!
+    $python -c 'import comp; comp.load_model, comp.prune' >>"$log" 2>&1 && wait "$others"
 }
 
 explain_pip_failure() {

@@ -1,7 +1,8 @@
 """Model families. The names resolve on first use, so that ``presets`` stays free of torch."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from comp.lazy import resolve
 
 if TYPE_CHECKING:
     from comp.models.base import Adapter, LoadedModel, detach
@@ -34,6 +35,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return resolve(__name__, name, _HOMES)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

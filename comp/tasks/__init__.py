@@ -3,9 +3,9 @@
 Names are resolved on first use, so that ``comp.tasks.names`` needs no torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from comp.lazy import resolve
 from comp.tasks.names import TASKS
 
 if TYPE_CHECKING:
@@ -46,9 +46,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'comp.tasks' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return resolve(__name__, name, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -19,7 +19,7 @@ from comp.methods import METHODS
 from comp.models import attach
 from comp.modes import Stream
 from comp.shrink import shrink_
-from tests.tiny import FAMILIES, TinyFamily, measured, random_masks
+from tests.tiny import FAMILIES, SIGLIP, TinyFamily, measured, random_masks
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,10 +29,10 @@ from pathlib import Path
 import torch
 from comp.checkpoint import load_pruned
 from comp.models import attach
-from tests.tiny import FAMILIES, measured
+from tests.tiny import FAMILIES, SIGLIP, measured
 torch.set_num_threads(1)
 for directory in Path(sys.argv[1]).iterdir():
-    family = FAMILIES[directory.name]
+    family = {**FAMILIES, SIGLIP.name: SIGLIP}[directory.name]
     model = load_pruned(directory)
     outputs, recorder = measured(attach(model), family, family.batch(4, 0))
     torch.save((outputs, recorder.counts), directory / "outputs.pt")
@@ -67,10 +67,10 @@ def saved(tmp_path: Path) -> Path:
 
 def test_a_fresh_process_loads_the_same_models(tmp_path: Path) -> None:
     expected = {}
-    for name, family in FAMILIES.items():
+    for family in (*FAMILIES.values(), SIGLIP):
         model = pruned(family)
-        save_pruned(model, tmp_path / name)
-        expected[name] = measured(handle_of(model), family, family.batch(4, 0))
+        save_pruned(model, tmp_path / family.name)
+        expected[family.name] = measured(handle_of(model), family, family.batch(4, 0))
     command = [sys.executable, "-c", IN_ANOTHER_PROCESS, str(tmp_path)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -1,8 +1,5 @@
 """CLIP and SigLIP: what their adapters claim beyond what holds for every family."""
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +15,6 @@ from transformers import (
 )
 
 from comp import cost
-from comp.checkpoint import save_pruned
 from comp.handle import PruningHandle
 from comp.importance import token_importance
 from comp.models import attach, detach
@@ -368,32 +364,3 @@ def test_detaching_restores_the_stock_model(family: TinyFamily) -> None:
     detach(model)
     assert torch.equal(outputs(family, model, batch), stock)
     assert not [m for m in model.modules() if {"pruning", "forward"} & set(m.__dict__)]
-
-
-READ = """
-import sys, torch
-from comp.checkpoint import load_pruned
-from tests.tiny import FAMILIES, SIGLIP
-for family in (FAMILIES["clip"], SIGLIP):
-    model = load_pruned(f"{sys.argv[1]}/{family.name}")
-    with torch.no_grad():
-        torch.save(family.outputs(model, family.batch(4, 0)), f"{sys.argv[1]}/{family.name}.pt")
-"""
-
-
-def save_pruned_and_run(family: TinyFamily, directory: Path) -> Tensor:
-    model = family.build(0)
-    handle = attach(model)
-    mask_some_(handle)
-    shrink_(handle)
-    handle.thresholds = dict(DROPPING)
-    save_pruned(model, directory)
-    return outputs(family, model, family.batch(4, 0))
-
-
-def test_saved_models_give_their_outputs_in_another_process(tmp_path: Path) -> None:
-    clip, siglip = (save_pruned_and_run(f, tmp_path / f.name) for f in (CLIP, SIGLIP))
-    command = [sys.executable, "-c", READ, str(tmp_path)]
-    subprocess.run(command, cwd=Path(__file__).parents[2], check=True)
-    torch.testing.assert_close(torch.load(tmp_path / "clip.pt"), clip, rtol=0, atol=1e-5)
-    torch.testing.assert_close(torch.load(tmp_path / "siglip.pt"), siglip, rtol=0, atol=1e-5)
