@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
@@ -21,10 +22,11 @@ from studies.search import (
     Nsga2Sampler,
     PatiencePruner,
     RandomSampler,
+    StartSampler,
     TpeSampler,
     WilcoxonPruner,
 )
-from studies.space import grid_of, is_close
+from studies.space import grid_of, is_close, starting_point
 from studies.spec import StudySpec
 
 
@@ -81,6 +83,45 @@ class AskedGrid(optuna.samplers.GridSampler):
         return len(asked) >= self.size
 
 
+class StartingSampler(BaseSampler):
+    """Gives every key that is not asked for the value of trial 0.
+
+    Args:
+        labels: The parameters of trial 0.
+    """
+
+    def __init__(self, labels: Mapping[str, Any]) -> None:
+        self._labels = labels
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """Returns nothing: keys do not depend on each other."""
+        return {}
+
+    def sample_relative(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        search_space: dict[str, BaseDistribution],
+    ) -> dict[str, Any]:
+        """Returns nothing, see above."""
+        return {}
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Returns the value of trial 0; a key that is not active there takes its first one."""
+        if param_name in self._labels:
+            return self._labels[param_name]
+        first: Any = param_distribution
+        return first.choices[0] if isinstance(first, CategoricalDistribution) else first.low
+
+
 def build_sampler(spec: StudySpec) -> BaseSampler:
     """Returns Optuna's sampler.
 
@@ -133,6 +174,8 @@ def _sampler(spec: StudySpec) -> BaseSampler:
             return AskedGrid(grid_of(spec.space), seed=section.seed)
         case RandomSampler():
             return optuna.samplers.RandomSampler(seed=section.seed)
+        case StartSampler():
+            return StartingSampler(starting_point(spec.pruning, spec.space))
 
 
 def build_pruner(spec: StudySpec) -> BasePruner:

@@ -83,6 +83,15 @@ class RandomSampler(_SeededSampler):
     kind: Literal["random"]
 
 
+class StartSampler(Section):
+    """Draws nothing: a key that ``enqueue`` leaves out has its value of trial 0.
+
+    So a study tries what it lists and no more: changes each alone, or chosen combinations.
+    """
+
+    kind: Literal["start"]
+
+
 def _sampler_kind(values: Any) -> str:
     is_mapping = isinstance(values, Mapping)
     kind = values.get("kind", "tpe") if is_mapping else getattr(values, "kind", values)
@@ -95,7 +104,8 @@ Sampler = Annotated[
     | Annotated[CmaesSampler, Tag("cmaes")]
     | Annotated[Nsga2Sampler, Tag("nsga2")]
     | Annotated[GridSampler, Tag("grid")]
-    | Annotated[RandomSampler, Tag("random")],
+    | Annotated[RandomSampler, Tag("random")]
+    | Annotated[StartSampler, Tag("start")],
     Discriminator(_sampler_kind),
 ]
 

@@ -226,13 +226,16 @@ def check_labels(space: Space, labels: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_space(base: PruningConfig, space: Space, highest: float) -> None:
+def check_space(
+    base: PruningConfig, space: Space, highest: float, *, together: bool = True
+) -> None:
     """Tries the ends of every domain, and those of every two together, before any trial does.
 
     Args:
         base: The config of the keys that are not in the space.
         space: The domains by key.
         highest: The highest ratio that the objective reads; every trial must reach it.
+        together: Whether any two of them may meet in a trial.
 
     Raises:
         ValueError: If a domain allows a value that no config takes, a condition can never hold,
@@ -243,13 +246,10 @@ def check_space(base: PruningConfig, space: Space, highest: float) -> None:
     share = {PRUNE_SHARE: base_value(base, PRUNE_SHARE)} if STEP_BUDGET in space else {}
     ends = [(key, value) for key, domain in space.items() for value in _ends(domain)]
     targets = []
-    for pair in [*((end, end) for end in ends), *itertools.combinations(ends, 2)]:
+    pairs = itertools.combinations(ends, 2) if together else ()
+    for pair in [*((end, end) for end in ends), *pairs]:
         values = share | dict(pair)
-        try:
-            config = config_of(base, values)
-        except ValueError as error:
-            reason = "; ".join(sentences(error, values))
-            raise ValueError(f"space.{pair[-1][0]}: {reason}") from None
+        config = _checked_config(base, values, f"space.{pair[-1][0]}")
         targets += [config.ratios[-1]] if values.keys() & {TARGET_RATIO, "ratios"} else []
     lowest = min(targets, default=base.ratios[-1])
     if lowest < highest:
@@ -257,6 +257,28 @@ def check_space(base: PruningConfig, space: Space, highest: float) -> None:
             f"the objective reads the curve up to ratio {highest:g}, but a trial may end at "
             f"{lowest:g}; raise the ratios or lower the objective's"
         )
+
+
+def check_setting(base: PruningConfig, space: Space, labels: Mapping[str, Any], name: str) -> None:
+    """Makes the config of a setting that will be tried as it is listed.
+
+    Args:
+        base: The config of the keys that it leaves out.
+        space: The domains by key.
+        labels: What ``check_labels`` returned.
+        name: What to call it in an error.
+
+    Raises:
+        ValueError: If it is no valid config.
+    """
+    _checked_config(base, values_of(space, labels), name)
+
+
+def _checked_config(base: PruningConfig, values: Mapping[str, Any], name: str) -> PruningConfig:
+    try:
+        return config_of(base, values)
+    except ValueError as error:
+        raise ValueError(f"{name}: {'; '.join(sentences(error, values))}") from None
 
 
 def _check_conditions(space: Space) -> None:

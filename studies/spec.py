@@ -19,8 +19,16 @@ from studies.domains import CONFIG_KEYS, DERIVED_KEYS, Config, Domain, Number, S
 from studies.goals import Constraint, Objectives
 from studies.matrix import CELL, Matrix, as_dimension
 from studies.resources import ResourcesSection
-from studies.search import CmaesSampler, GridSampler, Pruner, Sampler, TpeSampler, check_pruner
-from studies.space import check_labels, check_space, grid_of
+from studies.search import (
+    CmaesSampler,
+    GridSampler,
+    Pruner,
+    Sampler,
+    StartSampler,
+    TpeSampler,
+    check_pruner,
+)
+from studies.space import check_labels, check_setting, check_space, grid_of
 
 MAX_NAME = 100  # leaves room for "-0003-s1" in a run id
 MEASURE_KEYS = ("seed", "eval_samples", "test_samples", "eval_batch_size", "device", "autocast")
@@ -112,8 +120,8 @@ class StudySpec(RunSpec):
             paper's values where that is silent, moved into the domain where they are outside.
         objective: What is bettered: one measure of the validation curve, or several.
         constraints: Measures that must stay within limits; trials that break one are never best.
-        n_trials: Trials to end with, failed ones included and copied ones not; by default 20, and
-            for a grid all of it.
+        n_trials: Trials to end with, failed ones included and copied ones not; by default 20,
+            for a grid all of it, for the sampler ``start`` trial 0 and what ``enqueue`` lists.
         parallel: Runs at a time.
         sampler: How Optuna proposes configs.
         pruner: When Optuna stops a trial before its end; ``None`` never does.
@@ -192,15 +200,17 @@ class StudySpec(RunSpec):
 
     @model_validator(mode="before")
     @classmethod
-    def _count_grid(cls, values: Any) -> Any:
-        """Lets a grid have as many trials as it takes, unless the spec says how many.
+    def _count_trials(cls, values: Any) -> Any:
+        """Lets a grid or a list have as many trials as it takes, unless the spec says how many.
 
         Trial 0 is one of the grid's.
         """
         sampler = values.get("sampler") if isinstance(values, dict) else None
-        is_grid = isinstance(sampler, dict) and sampler.get("kind") == "grid"
-        if not is_grid or "n_trials" in values:
+        kind = sampler.get("kind") if isinstance(sampler, dict) else None
+        if kind not in ("grid", "start") or "n_trials" in values:
             return values
+        if kind == "start":
+            return {**values, "n_trials": 1 + len(values.get("enqueue") or ())}
         try:
             size = _grid_size(TypeAdapter(dict[str, Domain]).validate_python(values["space"]))
         except (KeyError, ValueError):
@@ -220,7 +230,7 @@ class StudySpec(RunSpec):
             raise ValueError(f"space.{CELL} needs a matrix beside it, whose cells it chooses from")
         for cell in self.cells:
             there = self.in_cell(cell)
-            check_space(there.pruning, self.space, max(ends))
+            check_space(there.pruning, self.space, max(ends), together=not self.is_listed)
             there.pruning.shared_by(there.resources.workers)
         check_pruner(self.pruner, len(self.objective), len(self.seeds))
         if isinstance(self.sampler, CmaesSampler) and len(self.objective) > 1:
@@ -240,7 +250,14 @@ class StudySpec(RunSpec):
                 raise ValueError(f"enqueue.{number}: {error}") from None
             if isinstance(self.sampler, GridSampler) and set(found) != set(grid_of(self.space)):
                 raise ValueError(f"enqueue.{number} must name every key of the space for a grid")
+            if self.is_listed:
+                check_setting(self.pruning, self.space, found, f"enqueue.{number}")
         return self
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether ``enqueue`` names all settings besides that of trial 0."""
+        return isinstance(self.sampler, StartSampler)
 
     @property
     def cells(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from studies.errors import SpecError
 from studies.folder import StudyFolder, check_same
 from studies.matrix import CELL
 from studies.requests import Requests
-from studies.samplers import AskedGrid, build_pruner, build_sampler
+from studies.samplers import AskedGrid, StartingSampler, build_pruner, build_sampler
 from studies.space import starting_point, suggest
 from studies.spec import StudySpec, identity
 from studies.specfile import spec_of
@@ -175,12 +175,17 @@ class Study:
             num_waiting = sum(trial.state == TrialState.WAITING for trial in trials)
             if len(trials) - num_waiting - self._num_copied >= self.spec.n_trials:
                 return None
-            grid = self._sampler if isinstance(self._sampler, AskedGrid) else None
-            if grid is not None and not num_waiting and grid.is_used_up(_own(trials)):
+            if not num_waiting and self._is_used_up(trials):
                 return None
             opened = self._open(self._study.ask(), set())
             if opened is not None:
                 return opened
+
+    def _is_used_up(self, trials: Sequence[FrozenTrial]) -> bool:
+        """Tells whether the sampler has nothing to propose beyond what was enqueued."""
+        if isinstance(self._sampler, AskedGrid):
+            return self._sampler.is_used_up(_own(trials))
+        return isinstance(self._sampler, StartingSampler)
 
     def _take_requests(self) -> list[FrozenTrial]:
         """Enqueues what people asked for since the last time, and returns all trials."""

@@ -256,6 +256,35 @@ def test_a_grid_begins_with_the_defaults_is_tried_once_and_then_ends(tmp_path: P
     assert sorted(tried) == [(n, e) for n in (4, 6, 8) for e in (0.0, 0.25, 0.5)]
 
 
+LISTED = (
+    "space={num_stages: {kind: int, low: 4, high: 8}, schedule: {kind: categorical, "
+    "choices: [mps, lookahead]}, refresh_after: {kind: categorical, choices: [null, 3]}}"
+)
+
+
+def test_a_list_of_changes_is_tried_with_all_else_as_in_trial_0_and_then_ends(
+    tmp_path: Path,
+) -> None:
+    listed = "enqueue=[{schedule: lookahead}, {refresh_after: 3, num_stages: 5}]"
+    values = override({**STUDY, "root": str(tmp_path)}, [LISTED, listed, "sampler={kind: start}"])
+    spec = spec_of({key: value for key, value in values.items() if key != "n_trials"})
+    assert isinstance(spec, StudySpec)
+    assert spec.n_trials == 3
+    StudyFolder.of(spec).freeze(spec)
+    study, tried = Study(spec), []
+    while (trial := study.ask()) is not None:
+        config = trial.config
+        tried.append((config.switches.schedule, config.refresh_after, config.num_stages))
+        trial.complete([1.0], {})
+    assert tried == [("mps", None, 8), ("lookahead", None, 8), ("mps", 3, 5)]
+
+
+def test_a_listed_change_that_no_config_takes_is_named(tmp_path: Path) -> None:
+    listed = "enqueue=[{refresh_after: 3}, {refresh_after: 3, schedule: lookahead}]"
+    with pytest.raises(SpecError, match=r"enqueue\.1: refresh_after 3 is for the costs of"):
+        make_spec(tmp_path, LISTED, listed, "sampler={kind: start}")
+
+
 def test_a_searched_switch_starts_as_the_method_has_it(tmp_path: Path) -> None:
     space = "space={cip: {kind: categorical, choices: [false, true]}}"
     trial = Study(frozen(tmp_path, space)).ask()
