@@ -52,7 +52,8 @@ def collect(names: tuple[str, ...], out: Path, root: str | None, as_json: bool) 
 def write(data: Path, page: Path, as_json: bool) -> None:
     """Write tables into a page, the same as JSON beside it, and the plots into DATA.
 
-    Places are "test STUDY", "differences STUDY" and "modes STUDY"; the rest of the page is kept.
+    Places are "test STUDY", "differences STUDY" and "modes STUDY", and "across STUDY STUDY" for
+    the settings of several studies on equal terms; the rest of the page is kept.
     """
     from studies.reproduction_page import write_results
 

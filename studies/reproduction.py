@@ -27,7 +27,15 @@ from studies.paired import Difference, paired_difference, sampled_difference
 from studies.sources import find_runs
 from studies.space import starting_point, values_of
 from studies.spec import StudySpec
+from studies.terms import terms_of
 
+Settings = dict[str, list[dict[str, Any]]]
+"""Points by setting."""
+REMEDIES = {
+    *("rank_norm", "rank_by", "refresh_after", "fade_exploration", "last_quantum"),
+    *("mask_site", "merge", "distillation", "min_heads"),
+}
+"""Searched keys by which a setting is no longer the paper's (docs/algorithm.md)."""
 POINTS = "points.parquet"
 STAGES = "stages.parquet"
 
@@ -49,8 +57,9 @@ class ResultRow:
         stages: Mean stages of whole runs, each of which trains for the same steps.
         val: Validation metric over the seeds.
         test: Test metric over the seeds.
-        baseline: The setting that it is compared with: of all that are not the paper's own the
-            best by mean validation metric at this ratio.
+        baseline: The setting that it is compared with: trial 0 where a study lists changes to
+            that, else of all that are not the paper's own the best by mean validation metric at
+            this ratio.
         difference: Test metric minus the baseline's, over shared seeds and test samples, or over
             seeds alone where the metric is no mean over samples; ``None`` for the baseline itself.
     """
@@ -126,10 +135,13 @@ def collect(folders: Sequence[StudyFolder], target: Path) -> int:
 
 
 def _with_setting(table: pa.Table, run: Run, spec: StudySpec) -> pa.Table:
-    config = PruningConfig.from_dict(run.job.config)
+    config, changes = PruningConfig.from_dict(run.job.config), changes_of(run.job, spec)
+    of_paper = config.switches in (METHODS["comp"], METHODS["cim"])
     columns = {
         "setting": setting_of(run.job, spec),
-        "is_own": config.switches in (METHODS["comp"], METHODS["cim"]),
+        "is_own": of_paper and not changes.keys() & REMEDIES,
+        "is_reference": spec.is_listed and not changes,
+        "terms": json.dumps(terms_of(run.job, spec)),
         "data": run.job.data or "OpenMoji",
         "commit": run.environment.get("git_commit", ""),
     }
@@ -143,37 +155,47 @@ def setting_of(job: Job, spec: StudySpec) -> str:
 
     It is the method and whatever else is not as in trial 0.
     """
+    changes = changes_of(job, spec)
+    return " ".join([job.method, *(f"{key}={json.dumps(v)}" for key, v in changes.items())])
+
+
+def changes_of(job: Job, spec: StudySpec) -> dict[str, Any]:
+    """Returns the values of searched keys other than the method that are not as in trial 0."""
     start = values_of(spec.space, starting_point(spec.pruning, spec.space))
     others = {key: job.config.get(key) for key in start if key != "method"}
-    changed = [
-        f"{key}={json.dumps(value)}" for key, value in others.items() if value != start[key]
-    ]
-    return " ".join([job.method, *changed])
+    return {key: value for key, value in others.items() if value != start[key]}
 
 
 def read_rows(directory: Path) -> list[ResultRow]:
     """Reads what ``collect`` wrote and compares: rows by study, ratio and setting."""
+    groups = settings_by_ratio(directory)
+    return [row for key in sorted(groups) for row in compare_settings(groups[key])]
+
+
+def settings_by_ratio(directory: Path) -> dict[tuple[str, float], Settings]:
+    """Reads what ``collect`` wrote: by study and asked ratio, points with their run's stages."""
     points = pa.parquet.read_table(directory / POINTS).to_pylist()
     stages = pa.parquet.read_table(directory / STAGES, columns=["study", "run_id"]).to_pylist()
     num_stages = Counter((stage["study"], stage["run_id"]) for stage in stages)
-    groups: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}
+    groups: dict[tuple[str, float], Settings] = {}
     for point in points:
         if point["method"] == "dense":
             continue
         at = groups.setdefault((point["study"], point["ratio_asked"]), {})
         stages_of_run = num_stages[point["study"], point["run_id"]]
         at.setdefault(point["setting"], []).append(point | {"stages": stages_of_run})
-    return [row for key in sorted(groups) for row in _rows_at(groups[key])]
+    return groups
 
 
-def _rows_at(settings: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[ResultRow]:
-    """Compares the settings of one study at one ratio."""
+def compare_settings(settings: Settings) -> list[ResultRow]:
+    """Compares settings at one ratio with their baseline, see ``ResultRow``."""
     others = [name for name, points in settings.items() if not points[0]["is_own"]]
+    changed = [name for name, points in settings.items() if points[0].get("is_reference")]
 
     def height(name: str) -> float:
         return float(np.mean([point["val"] for point in settings[name]]))
 
-    baseline = max(others or settings, key=height)
+    baseline = max(changed or others or settings, key=height)
     return [_row(name, settings[name], baseline, settings[baseline]) for name in settings]
 
 

@@ -13,11 +13,13 @@ from typing import Any
 
 import pyarrow.parquet
 
+from studies.across import rows_across
 from studies.curves import removed_macs
 from studies.folder import write_atomically
 from studies.plots import plot_settings
 from studies.reproduction import POINTS, STAGES, ResultRow, read_rows
 
+_ACROSS = re.compile(r"<!-- begin across ([\w.-]+(?: [\w.-]+)+) -->")
 TOLERANCE = 0.005  # how far a ratio may lie from the asked one on equal terms
 
 
@@ -44,10 +46,24 @@ def write_results(data: Path, page: Path) -> list[Path]:
         tables[f"differences {study}"] = difference_table(own)
         written += plot_settings(own, data / study, title=f"{study}: mean of the seeds")
     tables |= mode_tables(data)
-    write_atomically(page, fill(page.read_text(encoding="utf-8"), tables))
+    text = page.read_text(encoding="utf-8")
+    found = [row.to_dict() for row in rows]
+    for names in dict.fromkeys(_ACROSS.findall(text)):
+        tables[f"across {names}"], joined = _across(data, names.split())
+        found += [{**row.to_dict(), "study": names} for row in joined]
+    write_atomically(page, fill(text, tables))
     values = page.with_suffix(".json")
-    write_atomically(values, json.dumps([row.to_dict() for row in rows], indent=1) + "\n")
+    write_atomically(values, json.dumps(found, indent=1) + "\n")
     return [page, values, *written]
+
+
+def _across(data: Path, studies: Sequence[str]) -> tuple[str, list[ResultRow]]:
+    """Returns a table of several studies with its rows, or why there is none."""
+    try:
+        rows = rows_across(data, studies)
+    except ValueError as error:
+        return f"Not compared: {error}.", []
+    return difference_table(rows), rows
 
 
 def fill(text: str, tables: Mapping[str, str]) -> str:

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from comp.results import pack_outcomes
+from studies.across import rows_across
 from studies.cli import cli
 from studies.folder import StudyFolder
 from studies.reproduction import POINTS, STAGES, ResultRow, collect, read_rows
@@ -127,6 +128,72 @@ def test_the_page_gets_its_tables_and_keeps_its_words(tmp_path: Path) -> None:
     assert tmp_path / "main.png" in written
     assert write_results(tmp_path, page)
     assert page.read_text() == text
+
+
+TERMS = {"model": "tiny", "quantum": 0.07, "fine_tune_steps": 60}
+
+
+def two_studies(directory: Path, terms: dict[str, Any] | None = None, **own: Any) -> None:
+    """A study of sjp, and one of token with its own terms and values; a dense point each."""
+    found = []
+    for study, setting, right in (("main", "sjp", 50), ("tokens", "token", 56)):
+        changed, more = (terms or {}, own) if study == "tokens" else ({}, {})
+        values = {"study": study, "terms": json.dumps(TERMS | changed), "params": 7}
+        dense = {"run_id": f"{setting}-s0", "ratio_asked": 0.0}
+        found.append(point("dense", 0, 70.0, 71, **values, **dense))
+        found.append(point(setting, 0, 60.0, right) | values | more)
+    write(directory, found)
+
+
+def test_settings_of_two_studies_on_equal_terms_share_a_table(tmp_path: Path) -> None:
+    two_studies(tmp_path)
+    page = tmp_path / "results.md"
+    page.write_text("<!-- begin across main tokens --><!-- end across main tokens -->")
+    write_results(tmp_path, page)
+    assert "| `sjp` | 1 | 1.0 | baseline |" in page.read_text()
+    assert "| `token` | 1 | 0.0 | " in page.read_text()
+    values = json.loads((tmp_path / "results.json").read_text())
+    joined = [value for value in values if value["study"] == "main tokens"]
+    assert [value["diff_to_best_baseline"] for value in joined] == [None, 6.0]
+
+
+@pytest.mark.parametrize(
+    ("terms", "own", "sentence"),
+    [
+        ({"quantum": 0.06}, {}, r"main and tokens differ in quantum \(0.07 and 0.06\)$"),
+        ({"searched": 1}, {}, None),
+        ({}, {"seed": 1}, r"differ in seeds \(0 and 1\)$"),
+        ({}, {"ratio_asked": 0.7}, "share no ratio"),
+    ],
+)
+def test_what_is_not_equal_is_said(
+    tmp_path: Path, terms: Any, own: Any, sentence: str | None
+) -> None:
+    two_studies(tmp_path, terms, **own)
+    if sentence is None:
+        assert len(rows_across(tmp_path, ["main", "tokens"])) == 2
+        return
+    with pytest.raises(ValueError, match=sentence):
+        rows_across(tmp_path, ["main", "tokens"])
+
+
+def test_studies_that_were_collected_without_terms_are_named(tmp_path: Path) -> None:
+    write(tmp_path, [point("sjp", 0, 60, 50), point("token", 0, 60, 50, study="tokens")])
+    with pytest.raises(ValueError, match="'main' was collected before terms were kept"):
+        rows_across(tmp_path, ["main", "tokens"])
+
+
+def test_a_list_of_changes_is_compared_with_what_it_changes(tmp_path: Path) -> None:
+    space = "space={distillation: {kind: categorical, choices: [0.0, 1.0]}}"
+    spec = make_spec(
+        tmp_path, "sampler={kind: start}", space, "enqueue=[{distillation: 1.0}]", "n_trials=2"
+    )
+    run(spec)
+    collect([StudyFolder.of(spec)], tmp_path / "data")
+    found = {row.method: row for row in read_rows(tmp_path / "data") if row.ratio_asked == 0.8}
+    assert {row.baseline for row in found.values()} == {"comp"}
+    assert found["comp distillation=1.0"].difference is not None
+    assert not found["comp distillation=1.0"].is_own
 
 
 def test_a_place_without_data_is_named() -> None:
