@@ -174,16 +174,19 @@ def show_list(as_json: bool) -> None:
 
 @presets.command(epilog=example("comp presets show demo-vqa > my-study.yaml"))
 @click.argument("name")
+@click.option("--whole", is_flag=True, help="Print it with what it takes from another preset.")
 @common
-def show(name: str, as_json: bool) -> None:
+def show(name: str, whole: bool, as_json: bool) -> None:
     """Print a preset, for example to start a spec of one's own."""
     from comp.words import nearest
     from studies.presets import preset_names, preset_path
-    from studies.yaml_text import read_yaml
+    from studies.specfile import read_values
+    from studies.yaml_text import write_yaml
 
     with mistakes():
         if name not in preset_names():
             hint = nearest(name, preset_names())
             raise ValueError(f"presets are {', '.join(preset_names())}, but got {name!r}{hint}")
-    text = preset_path(name).read_text(encoding="utf-8")
-    answer(as_json, {"name": name, "spec": read_yaml(text)}, text.rstrip("\n"))
+    values = read_values(name)
+    text = write_yaml(values) if whole else preset_path(name).read_text(encoding="utf-8")
+    answer(as_json, {"name": name, "spec": values}, text.rstrip("\n"))

@@ -13,11 +13,11 @@ from typing import Any
 
 import pyarrow.parquet
 
-from studies.across import rows_across
 from studies.curves import removed_macs
 from studies.folder import write_atomically
 from studies.plots import plot_settings
 from studies.reproduction import POINTS, STAGES, ResultRow, read_rows
+from studies.reproduction_across import rows_across
 
 _ACROSS = re.compile(r"<!-- begin across ([\w.-]+(?: [\w.-]+)+) -->")
 TOLERANCE = 0.005  # how far a ratio may lie from the asked one on equal terms

@@ -17,6 +17,9 @@ from studies.yaml_text import read_yaml, write_yaml
 
 AnySpec = TypeVar("AnySpec", bound=RunSpec)
 
+MERGED = {"pruning", "resources", "tracking"}
+"""Sections of which a spec that extends another may state a part."""
+
 _ADAPTER: TypeAdapter[PruneSpec | StudySpec] = TypeAdapter(Spec)
 
 
@@ -48,9 +51,7 @@ def read_specs(source: str | Path, overrides: Sequence[str] = ()) -> list[PruneS
         SpecError: If anything in it is wrong.
         FileNotFoundError: If there is no such file and no such preset.
     """
-    path = find_spec(source)
-    values = read_yaml(path.read_text(encoding="utf-8"), where=str(path))
-    values = override(values, overrides)
+    values = override(read_values(source), overrides)
     if not isinstance(values, Mapping):
         return [spec_of(values, where=str(source))]
     try:
@@ -58,6 +59,46 @@ def read_specs(source: str | Path, overrides: Sequence[str] = ()) -> list[PruneS
     except ValueError as error:
         raise SpecError(f"{source}: {error}") from None
     return [spec_of(cell, where=str(source)) for cell in cells]
+
+
+def read_values(source: str | Path) -> Any:
+    """Reads the raw values of a spec, over those of the one that it ``extends``, if it does.
+
+    Sections in ``MERGED`` are put together key by key, everything else is replaced.
+
+    Args:
+        source: A YAML file, or the name of a preset. What it extends is a file beside it, or a
+            preset, that extends nothing itself.
+
+    Raises:
+        SpecError: If a file is no YAML, or ``extends`` cannot be followed.
+        FileNotFoundError: If there is no such file and no such preset.
+    """
+    path = find_spec(source)
+    values = _read(path)
+    if not isinstance(values, Mapping) or "extends" not in values:
+        return values
+    name = values["extends"]
+    if not isinstance(name, str) or "name" not in values:
+        raise SpecError(
+            f"{path}: extends must be the name of a preset or a file beside a name of one's own, "
+            f"but got extends {name!r} and name {values.get('name')!r}"
+        )
+    beside = path.parent / name
+    base = _read(beside if beside.is_file() else find_spec(name))
+    if not isinstance(base, Mapping) or "extends" in base:
+        raise SpecError(
+            f"{path}: extends names {name!r}, which must be a spec that extends nothing itself"
+        )
+    own = {key: value for key, value in values.items() if key != "extends"}
+    for key in MERGED & base.keys() & own.keys():
+        if isinstance(base[key], Mapping) and isinstance(own[key], Mapping):
+            own[key] = {**base[key], **own[key]}
+    return {**base, **own}
+
+
+def _read(path: Path) -> Any:
+    return read_yaml(path.read_text(encoding="utf-8"), where=str(path))
 
 
 def find_spec(source: str | Path) -> Path:

@@ -11,14 +11,13 @@ from comp.tasks.names import TASKS
 from studies.errors import SpecError
 from studies.presets import preset_names, preset_path, preset_summary
 from studies.spec import StudySpec
-from studies.specfile import check_places, read_spec, read_specs
-from studies.yaml_text import read_yaml
+from studies.specfile import check_places, read_spec, read_specs, read_values
 
 NAMES = preset_names()
 
 
 def yaml_values(name: str) -> dict[str, Any]:
-    values = read_yaml(preset_path(name).read_text(encoding="utf-8"))
+    values = read_values(name)
     assert isinstance(values, dict)
     return values
 

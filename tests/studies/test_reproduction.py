@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from comp.results import pack_outcomes
-from studies.across import rows_across
 from studies.cli import cli
 from studies.folder import StudyFolder
 from studies.reproduction import POINTS, STAGES, ResultRow, collect, read_rows
+from studies.reproduction_across import rows_across
 from studies.reproduction_page import fill, write_results
 from tests.studies.synthetic import make_spec
 from tests.studies.test_driver import run

@@ -1,8 +1,12 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from studies.cli import cli
 from studies.errors import SpecError
+from studies.spec import StudySpec
 from studies.specfile import load_prune, load_study, override, read_spec, write_spec
 from studies.yaml_text import write_yaml
 from tests.studies.synthetic import STUDY
@@ -104,3 +108,51 @@ def test_paths_become_absolute(
 def test_a_written_spec_begins_with_what_it_is(spec_path: Path) -> None:
     text = write_spec(read_spec(spec_path))
     assert text.splitlines()[:3] == ["version: 1", "kind: study", "name: s"]
+
+
+def extending(spec_path: Path, text: str) -> Path:
+    path = spec_path.parent / "other.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_spec_states_what_is_otherwise_than_in_the_one_it_extends(spec_path: Path) -> None:
+    path = extending(spec_path, "extends: my-study.yaml\nname: o\npruning: {batch_size: 8}\n")
+    own, base = read_spec(path, ["seeds=[3]"]), read_spec(spec_path)
+    assert (own.name, own.pruning.batch_size, own.model) == ("o", 8, base.model)
+    assert own.pruning == dataclasses.replace(base.pruning, batch_size=8)
+    assert isinstance(own, StudySpec)
+    assert isinstance(base, StudySpec)
+    assert (own.space, own.seeds) == (base.space, (3,))
+    assert "extends" not in write_spec(own)
+
+
+def test_a_preset_can_be_extended_and_shown_whole(tmp_path: Path) -> None:
+    path = extending(tmp_path / "x", "extends: main-vqa\nname: main-vqa\n")
+    assert read_spec(path) == read_spec("main-vqa")
+    shown = CliRunner().invoke(cli, ["presets", "show", "cim-vqa", "--whole"]).stdout
+    path.write_text(shown, encoding="utf-8")
+    assert read_spec(path) == read_spec("cim-vqa")
+    assert "extends" not in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("extends: other.yaml\nname: o\n", "must be a spec that extends nothing itself"),
+        ("extends: cim-vqa\nname: o\n", "must be a spec that extends nothing itself"),
+        ("extends: main-vqa\n", "but got extends 'main-vqa' and name None"),
+        ("extends: [main-vqa]\nname: o\n", r"but got extends \['main-vqa'\] and name 'o'"),
+        ("extends: main-vqa\nname: o\nspice: {}\n", "unknown key 'spice'; did you mean 'space'"),
+    ],
+)
+def test_an_extension_that_cannot_be_followed_is_refused(
+    spec_path: Path, text: str, sentence: str
+) -> None:
+    with pytest.raises(SpecError, match=sentence):
+        read_spec(extending(spec_path, text))
+
+
+def test_a_spec_that_is_extended_must_be_there(spec_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no preset 'main-vqaa'; did you mean 'main-vqa'"):
+        read_spec(extending(spec_path, "extends: main-vqaa\nname: o\n"))
