@@ -99,7 +99,7 @@ def _stamp(location: str) -> list[int] | None:
         return None
     try:
         found = os.stat(f"{location}/manifest.json")  # noqa: PTH116 - a Path takes as long again
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return [found.st_mtime_ns, found.st_size]
 

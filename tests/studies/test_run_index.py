@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.store import read_run
+from orchestration.store import list_runs, read_run
 from studies.driver import run_study
 from studies.folder import StudyFolder
 from studies.run_index import INDEX, read_point_runs, write_index
@@ -75,6 +75,15 @@ def test_a_removed_run_is_gone_and_a_missing_file_is_made_again(folder: StudyFol
     write_index(folder)
     assert (folder.path / INDEX).read_text().count("\n") == 3
     assert len(read_point_runs(folder)) == 3
+
+
+def test_what_lies_beside_the_runs_is_none_of_them(folder: StudyFolder) -> None:
+    before = read_point_runs(folder)
+    Path(folder.runs, "s-notes.txt").write_text("seed 3 looks odd")
+    Path(folder.runs, "s-plots").mkdir()
+    assert read_point_runs(folder) == before
+    write_index(folder)
+    assert list_runs(folder.runs) == [run.location for run in before]
 
 
 def test_a_line_that_is_like_a_torn_one_is_read_from_its_directory(folder: StudyFolder) -> None:
