@@ -89,11 +89,12 @@ def run_blocks(
     held: _Held | None = None
     _begin_trace(handle, blocks[0], state)
     for block in blocks:
-        run = partial(_run_block, handle, block, contexts=read)
-        if _recomputes(handle, state):
-            state, held = _run_again_later(run, state)
+        run = partial(_run_or_run_again, handle, block)
+        part = None if handle.sharding is None else handle.sharding.part_of(block)
+        if part is None:
+            state, held = run(state, held, read)
         else:
-            state, held = run(state, held)
+            state, held = part(partial(_run_in_part, run), state, held, read)
         if handle.trace is not None and state.origins is not None:
             handle.trace.note(block.layer, state.origins, state.valid)
     alignment = handle.alignment
@@ -125,16 +126,35 @@ def _recomputes(handle: PruningHandle, state: TokenState) -> bool:
     return handle.recompute and handle.model.training and torch.is_grad_enabled() and plain
 
 
-def _run_again_later(
-    run: Callable[[TokenState, None], tuple[TokenState, _Held | None]], state: TokenState
+def _run_or_run_again(
+    handle: PruningHandle,
+    block: Block,
+    state: TokenState,
+    held: _Held | None,
+    contexts: Sequence[Context],
 ) -> tuple[TokenState, _Held | None]:
-    """Runs a block now without keeping its activations, and once more in the backward pass."""
+    """Runs a block; with checkpoints without keeping activations, and again in the backward."""
+    if not _recomputes(handle, state):
+        return _run_block(handle, block, state, held, contexts)
 
     def fresh(hidden: Tensor) -> tuple[TokenState, _Held | None]:
-        return run(replace(state, hidden=hidden), None)
+        return _run_block(handle, block, replace(state, hidden=hidden), None, contexts)
 
     result: tuple[TokenState, _Held | None] = checkpoint(fresh, state.hidden, use_reentrant=False)
     return result
+
+
+def _run_in_part(
+    run: Callable[..., tuple[TokenState, _Held | None]],
+    state: TokenState,
+    held: _Held | None,
+    contexts: Sequence[Context],
+) -> tuple[TokenState, _Held | None]:
+    """Runs a block inside of what gathers its weights, which hooks into no views."""
+    state, held = run(state, held, contexts)
+    if state.hidden._is_view():
+        state.hidden = state.hidden.clone()
+    return state, held
 
 
 def _run_block(

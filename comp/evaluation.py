@@ -12,6 +12,7 @@ from comp.cost import Measurement, Meter, joined_meters
 from comp.handle import PruningHandle, handle_of
 from comp.importance import ActivationStatistics
 from comp.results import pack_outcomes
+from comp.sharding import gathered
 from comp.tasks.base import Batch, Evaluation, ReportingTask, SplitTask, Task
 from comp.workers import Workers
 
@@ -49,11 +50,11 @@ def batch_size_of(batch: Batch) -> int:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; restores the mode."""
+    """Eval mode without gradients on whole weights; restores the mode."""
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), gathered(model):
             yield
     finally:
         model.train(was_training)

@@ -15,6 +15,7 @@ from comp.evaluation import autocast, evaluate, to_device
 from comp.handle import handle_of
 from comp.madtp import LOSS_WEIGHT
 from comp.parking import Parked, give_back
+from comp.sharding import clip_gradients_, local
 from comp.tasks.base import Batch, Evaluation, Task
 
 RATIO_TOLERANCE = 0.005
@@ -61,7 +62,7 @@ def train_step(
             return total
         loss.backward()
     workers.sum_gradients_(model.parameters())
-    nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    clip_gradients_(list(model.parameters()), config.max_grad_norm)
     optimizer.step()
     slow = handle_of(model).momentum
     if slow is not None:
@@ -70,9 +71,14 @@ def train_step(
 
 
 def _loss(model: nn.Module, task: Task, batch: Batch, teacher: Teacher | None) -> Tensor:
-    loss = task.loss(model, batch) if teacher is None else teacher.loss(model, batch)
-    alignment = handle_of(model).alignment
-    return loss if alignment is None else loss + LOSS_WEIGHT * alignment.loss()
+    handle = handle_of(model)
+
+    def compute() -> Tensor:
+        loss = task.loss(model, batch) if teacher is None else teacher.loss(model, batch)
+        alignment = handle.alignment
+        return loss if alignment is None else loss + LOSS_WEIGHT * alignment.loss()
+
+    return compute() if handle.sharding is None else handle.sharding.loss(compute)
 
 
 def cosine(step: int, total: int, peak: float) -> float:
@@ -168,7 +174,7 @@ _Best = tuple[tuple[bool, float], FineTuned, Parked, dict[str, float]]
 
 
 def _state_of(model: nn.Module) -> list[Tensor]:
-    return list(model.state_dict().values())
+    return [local(tensor) for tensor in model.state_dict().values()]
 
 
 def _better(

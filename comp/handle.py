@@ -22,6 +22,7 @@ from comp.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from comp.momentum import Momentum
+    from comp.sharding import Sharding
 
 ALIGNMENT = "alignment"
 """Attribute of a model that holds its alignment tokens (``comp.madtp``)."""
@@ -102,6 +103,7 @@ class PruningHandle:
         recompute: Keep only each block's input for the backward pass (gradient checkpointing).
         momentum: The slow copy that a contrastive task trains against, see ``comp.momentum``.
         workers: The processes that share the samples of every pass, see ``comp.workers``.
+        sharding: Gathers the weights where these processes hold shards, see ``comp.sharding``.
         originals: The swapped forwards, for ``restore_forwards``.
     """
 
@@ -126,6 +128,7 @@ class PruningHandle:
     drop_path: float = 0.0
     momentum: "Momentum | None" = None
     workers: Workers = ALONE
+    sharding: "Sharding | None" = None
     originals: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:

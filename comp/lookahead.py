@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from comp.modes import PruningMode
+from comp.sharding import shard_
 from comp.strategy import Choice
 
 if TYPE_CHECKING:
@@ -70,7 +71,9 @@ def trial_costs(loop: "StageLoop", plan: TrialPlan) -> dict[str, float]:
 def _fork(loop: "StageLoop") -> "StageLoop":
     """Returns an independent copy; task, yardstick, config, teacher and who tries are shared."""
     shared = (loop.task, loop.yardstick, loop.config, loop.trials, loop.teacher)
-    return copy.deepcopy(loop, {id(value): value for value in shared})
+    fork = copy.deepcopy(loop, {id(value): value for value in shared})
+    shard_(fork.handle, fork.optimizer)
+    return fork
 
 
 class LookaheadStrategy:

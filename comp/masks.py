@@ -14,6 +14,7 @@ from torch import Tensor
 
 from comp.handle import PruningHandle
 from comp.importance import ActivationStatistics
+from comp.sharding import whole
 from comp.sites import UnitGroup, UnitKind
 
 
@@ -71,7 +72,7 @@ def mask_value(step: int, decay_steps: int) -> float:
 
 def unit_scores(group: UnitGroup, statistics: ActivationStatistics) -> Tensor:
     """Returns one score per unit, the mean of its columns', ``(units,)``."""
-    channels = statistics.scores(group.name, group.out.linear.weight)
+    channels = statistics.scores(group.name, whole(group.out.linear.weight.detach()))
     return group.by_unit(channels).mean(dim=1)
 
 

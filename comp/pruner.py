@@ -27,6 +27,7 @@ from comp.lookahead import TrialPlan
 from comp.opening import trials_before
 from comp.parking import parked
 from comp.results import CurvePoint, PruningResult, Snapshot, StageRecord
+from comp.sharding import gather_, local, shard_
 from comp.shrink import shrink_
 from comp.stages import StageLoop
 from comp.tasks.base import Task
@@ -174,14 +175,20 @@ class Pruner(StageLoop):
             gc.collect()
 
     def _trajectory_tensors(self) -> list[Tensor]:
-        """What only stages need: weights, moments, and what a slow copy holds."""
-        moments = [v for state in self.optimizer.state.values() for v in state.values()]
+        """What only stages need: weights, moments, and what a slow copy holds.
+
+        Weights in shards are FSDP2's and stay where they are.
+        """
+        moments = [local(v) for state in self.optimizer.state.values() for v in state.values()]
         slow = [] if self.handle.momentum is None else self.handle.momentum.held()
-        return [*self.model.parameters(), *moments, *slow]
+        weights = self.model.parameters() if self.handle.sharding is None else ()
+        return [*weights, *moments, *slow]
 
     def _finish(self, model: nn.Module, ratio: float) -> CurvePoint:
         handle = handle_of(model)
+        gather_(handle)
         shrink_(handle)
+        shard_(handle)
         begin = time.perf_counter()
         with self.teaching() as teacher, torch.random.fork_rng(devices=self._rng_devices()):
             torch.manual_seed(self._random_seed(-self._num_passed))
@@ -200,6 +207,7 @@ class Pruner(StageLoop):
             )
         seconds = time.perf_counter() - begin
         handle.momentum = None
+        gather_(handle)
         before = self.stages[-1].val if self.stages else self.points[0].val
         point = self.yardstick.point(
             model, tuned, ratio=ratio, before=before, dense_macs=self._dense_macs
@@ -211,6 +219,8 @@ class Pruner(StageLoop):
     def save(self, directory: str | Path, *, optimizer: bool = True) -> None:
         """Writes everything that ``restore`` needs, atomically; call it between two yields.
 
+        Where weights are in shards, the other workers must call ``lend`` meanwhile.
+
         Args:
             directory: Made if it is missing.
             optimizer: Whether stages are to go on from it; ``finish`` needs no moments.
@@ -218,6 +228,18 @@ class Pruner(StageLoop):
         from comp.state import save_state
 
         save_state(self, Path(directory), optimizer=optimizer)
+
+    def lend(self, *, optimizer: bool = True) -> None:
+        """Hands the first worker what it saves, if weights are in shards.
+
+        Args:
+            optimizer: As in ``save``.
+        """
+        from comp.state import tensors_of
+
+        if self.handle.sharding is not None:
+            for _ in tensors_of(self, optimizer=optimizer):
+                pass
 
     def restore(self, directory: str | Path) -> None:
         """Takes over a saved state; this pruner must be fresh, with the same dense model.
@@ -286,6 +308,9 @@ def prune(
         pruner.restore(directory)
     for _ in pruner.run():
         # Not after a point: whoever takes the state up makes its model again.
-        if directory is not None and pruner.finished_model is None and workers.is_first:
-            pruner.save(directory)
+        if directory is not None and pruner.finished_model is None:
+            if workers.is_first:
+                pruner.save(directory)
+            else:
+                pruner.lend()
     return PruningResult(pruner.finished_model, pruner.stages, pruner.points)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from comp.errors import CheckpointMismatch
 from comp.handle import PruningHandle
+from comp.sharding import like, whole
 from comp.sites import AttentionSite, FeedForwardSite, LinearRef, UnitGroup
 
 
@@ -150,7 +151,7 @@ def migrate_optimizer_(optimizer: torch.optim.Optimizer, slices: Iterable[Slice]
         if state is None:
             continue
         optimizer.state[entry.new] = {
-            key: value.index_select(entry.dim, entry.index).clone()
+            key: like(whole(value).index_select(entry.dim, entry.index).clone(), value)
             if isinstance(value, Tensor) and value.shape == entry.old.shape
             else value
             for key, value in state.items()

@@ -32,6 +32,7 @@ from comp.parking import ParkedModel, give_back
 from comp.raising import Raise, Raising
 from comp.results import CurvePoint, StageRecord
 from comp.schedules import make_strategy
+from comp.sharding import gather_, shard_
 from comp.shrink import migrate_optimizer_, num_parameters, shrink_
 from comp.tasks.base import Evaluation, PreparingTask, Task
 from comp.upop_search import UpopSearch
@@ -111,6 +112,7 @@ class StageLoop:
         if isinstance(task, PreparingTask):
             task.prepare_(model)
         workers.share_(model)
+        shard_(self.handle)
         self.optimizer = make_optimizer(model, config)
         self.records: list[StageRecord | CurvePoint] = []
         self.trials: Trials = trial_costs
@@ -220,7 +222,9 @@ class StageLoop:
         train_loss = self.train(opening.raised.choice, self.config.steps_per_stage)
         trained = time.perf_counter() - begin
         if self.config.shrink == "stage":
+            gather_(self.handle, self.optimizer)
             migrate_optimizer_(self.optimizer, shrink_(self.handle))
+            shard_(self.handle, self.optimizer)
         return opening, train_loss, trained
 
     def _search(self, ratio: float) -> tuple[Opening, float, float]:

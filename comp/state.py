@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from comp.errors import CheckpointMismatch
 from comp.modes import Stream
 from comp.momentum import restored
 from comp.results import CurvePoint, StageRecord
+from comp.sharding import gather_, like, shard_, whole
 from comp.shrink import apply_plan_
 
 if TYPE_CHECKING:
@@ -40,22 +42,9 @@ def save_state(pruner: "Pruner", directory: Path, *, optimizer: bool = True) -> 
     """
     directory.mkdir(parents=True, exist_ok=True)
     handle = pruner.handle
-    tensors: dict[str, Tensor] = {}
-    names = {id(p): name for name, p in pruner.model.named_parameters()}
-    for name, tensor in pruner.model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, torch.nn.Parameter) or names.get(id(tensor)) == name:
-            tensors[f"model.{name}"] = tensor.detach()
-    for name, parameter in pruner.model.named_parameters() if optimizer else ():
-        for key, value in pruner.optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
-    for name, mask in handle.masks.items():
-        tensors[f"mask.{name}"] = mask
-    if pruner.search is not None:
-        tensors |= {f"gradient.{name}": total for name, total in pruner.search.sums.items()}
-    if handle.momentum is not None:
-        tensors |= {f"momentum.{k}": v for k, v in handle.momentum.tensors().items()}
     target = directory / f"tensors-{secrets.token_hex(4)}.safetensors"
-    save_file({k: v.cpu().contiguous().clone() for k, v in tensors.items()}, target)
+    tensors = tensors_of(pruner, optimizer=optimizer)
+    save_file({k: v.cpu().contiguous().clone() for k, v in tensors}, target)
     state = {
         "version": VERSION,
         "tensors": target.name,
@@ -77,6 +66,29 @@ def save_state(pruner: "Pruner", directory: Path, *, optimizer: bool = True) -> 
     for old in directory.glob("tensors-*.safetensors"):
         if old != target:
             old.unlink()
+
+
+def tensors_of(pruner: "Pruner", *, optimizer: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Yields what ``save_state`` writes, by name; whole, so that all workers must ask for it.
+
+    Args:
+        pruner: As in ``save_state``.
+        optimizer: As in ``save_state``.
+    """
+    handle = pruner.handle
+    names = {id(p): name for name, p in pruner.model.named_parameters()}
+    for name, tensor in pruner.model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, torch.nn.Parameter) or names.get(id(tensor)) == name:
+            yield f"model.{name}", whole(tensor.detach())
+    for name, parameter in pruner.model.named_parameters() if optimizer else ():
+        for key, value in pruner.optimizer.state.get(parameter, {}).items():
+            yield f"optimizer.{key}.{name}", whole(torch.as_tensor(value))
+    for name, mask in handle.masks.items():
+        yield f"mask.{name}", mask
+    for name, total in pruner.search.sums.items() if pruner.search is not None else ():
+        yield f"gradient.{name}", total
+    for name, tensor in handle.momentum.tensors().items() if handle.momentum is not None else ():
+        yield f"momentum.{name}", tensor
 
 
 def load_state(pruner: "Pruner", directory: Path) -> None:
@@ -113,17 +125,21 @@ def load_state(pruner: "Pruner", directory: Path) -> None:
     handle = pruner.handle
     if state["plan"]["dense_units"] != handle.dense_units:
         raise CheckpointMismatch(f"{path} was saved for a model of other widths")
+    gather_(handle)
     apply_plan_(handle, state["plan"]["kept"])
     handle.thresholds = {Stream(k): v for k, v in state["plan"]["thresholds"].items()}
-    tensors = load_file(directory / state["tensors"], device=str(pruner.device))
+    # Shards are made of weights and moments that wait on the CPU.
+    place = torch.device("cpu") if handle.workers.shards else pruner.device
+    tensors = load_file(directory / state["tensors"], device=str(place))
     weights = _under("model.", tensors)
     missing, unexpected = pruner.model.load_state_dict(weights, strict=False)
     tied = set(getattr(pruner.model, "all_tied_weights_keys", {}) or {})
     if unexpected or set(missing) - tied:
         raise CheckpointMismatch(f"{directory} does not fit the model: {missing} {unexpected}")
-    handle.masks = _under("mask.", tensors)
+    shard_(handle)
+    handle.masks = _moved(_under("mask.", tensors), pruner.device)
     if pruner.search is not None:
-        pruner.search.sums = _under("gradient.", tensors)
+        pruner.search.sums = _moved(_under("gradient.", tensors), pruner.device)
     slow = _under("momentum.", tensors)
     handle.momentum = restored(pruner.model, slow) if slow else None
     pruner.optimizer = _restored_optimizer(pruner, tensors)
@@ -142,18 +158,22 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
+def _moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
 def _restored_optimizer(pruner: "Pruner", tensors: dict[str, Tensor]) -> torch.optim.AdamW:
     from comp.finetune import make_optimizer
 
     optimizer = make_optimizer(pruner.model, pruner.config)
     for name, parameter in pruner.model.named_parameters():
         entry = {
-            key: tensors[f"optimizer.{key}.{name}"]
-            for key in ("step", "exp_avg", "exp_avg_sq")
+            key: like(tensors[f"optimizer.{key}.{name}"].to(parameter.device), parameter)
+            for key in ("exp_avg", "exp_avg_sq")
             if f"optimizer.{key}.{name}" in tensors
         }
         if entry:
-            entry["step"] = entry["step"].cpu()
+            entry["step"] = tensors[f"optimizer.step.{name}"].cpu()
             optimizer.state[parameter] = entry
     return optimizer
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from comp.evaluation import autocast, batch_size_of
 from comp.handle import PruningHandle
+from comp.sharding import gathered
 from comp.tasks.base import Batch, Task
 
 PENALTIES: dict[str, float] = {"head": 4.8e-3, "head_dim": 4.8e-3, "channel": 2e-4}
@@ -90,11 +91,12 @@ def mask_gradients(
     num_samples = 0
     handle.model.eval()
     try:
-        for batch in workers.own(batches):
-            size = batch_size_of(batch)
-            for name, gradient in _one_batch(handle, task, batch, device).items():
-                sums[name] = sums.get(name, torch.zeros_like(gradient)) + size * gradient
-            num_samples += size
+        with gathered(handle.model):
+            for batch in workers.own(batches):
+                size = batch_size_of(batch)
+                for name, gradient in _one_batch(handle, task, batch, device).items():
+                    sums[name] = sums.get(name, torch.zeros_like(gradient)) + size * gradient
+                num_samples += size
     finally:
         handle.masks = before
         handle.model.train(was_training)

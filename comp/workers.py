@@ -1,5 +1,6 @@
-"""Processes that prune one model together: each holds it whole and takes a share of the samples.
+"""Processes that prune one model together: each takes a share of the samples.
 
+Each holds the model whole, or a shard of its weights, gradients and moments (``comp.sharding``).
 All of them run the same loop in the same order and tell each other what they found: gradients are
 added up before a step, activations and multiply-adds before anything is decided on them. So all
 hold the same weights, take the same decisions and yield the same records; one of them may write
@@ -17,9 +18,11 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 
 from comp.config import PruningConfig
 from comp.errors import WorkerLost
+from comp.sharding import local
 from comp.tasks.base import Shard
 
 T = TypeVar("T")
@@ -32,17 +35,23 @@ class Workers:
     Attributes:
         rank: This one's number, from 0.
         size: How many there are.
+        sharded: Whether each keeps only its share of weights, gradients and moments.
     """
 
     rank: int = 0
     size: int = 1
+    sharded: bool = False
 
     @classmethod
-    def here(cls) -> Self:
-        """Returns those of the group that this process has joined, as under ``torchrun``."""
+    def here(cls, *, sharded: bool = False) -> Self:
+        """Returns those of the group that this process has joined, as under ``torchrun``.
+
+        Args:
+            sharded: See the attribute.
+        """
         if not (distributed.is_available() and distributed.is_initialized()):
             return cls()
-        return cls(distributed.get_rank(), distributed.get_world_size())
+        return cls(distributed.get_rank(), distributed.get_world_size(), sharded)
 
     @property
     def shard(self) -> Shard:
@@ -53,6 +62,11 @@ class Workers:
     def is_first(self) -> bool:
         """Whether this is the one that writes things down."""
         return self.rank == 0
+
+    @property
+    def shards(self) -> bool:
+        """Whether there is anything to share weights with."""
+        return self.sharded and self.size > 1
 
     def own(self, items: Iterable[T]) -> Iterator[T]:
         """Yields every ``size``-th item, this worker's share."""
@@ -109,7 +123,8 @@ class Workers:
     def sum_gradients_(self, parameters: Iterable[nn.Parameter]) -> None:
         """Puts the sum over all workers in the place of every gradient.
 
-        A parameter that no worker has a gradient for keeps none.
+        A parameter that no worker has a gradient for keeps none. Gradients in shards are summed
+        already, and are zero where there was none.
 
         Raises:
             WorkerLost: If a worker is gone.
@@ -117,13 +132,14 @@ class Workers:
         if self.size == 1:
             return
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        has = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32)
-        has = has.to(trained[0].device)
+        has = torch.stack([_has_gradient(parameter) for parameter in trained]).int()
         with _naming_the_lost():
             distributed.all_reduce(has, distributed.ReduceOp.MAX)
             waits = []
             for parameter, is_there in zip(trained, has.tolist(), strict=True):
-                if is_there:
+                if not is_there:
+                    parameter.grad = None
+                elif not isinstance(parameter, DTensor):
                     if parameter.grad is None:
                         parameter.grad = torch.zeros_like(parameter)
                     waits.append(distributed.all_reduce(parameter.grad, async_op=True))
@@ -149,6 +165,13 @@ class Workers:
 
 ALONE = Workers()
 """One process that does everything itself."""
+
+
+def _has_gradient(parameter: nn.Parameter) -> Tensor:
+    """Whether a parameter has a gradient, in shards one that is not zero, as a tensor ``()``."""
+    if isinstance(parameter.grad, DTensor):
+        return local(parameter.grad).any()
+    return torch.tensor(parameter.grad is not None, device=parameter.device)
 
 
 @contextmanager

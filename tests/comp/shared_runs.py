@@ -58,6 +58,8 @@ def prune(workers: Workers) -> Records:
         place = workers.first(directory)
         if workers.is_first:
             first.save(place)
+        else:
+            first.lend()
         workers.first(None)
         second = pruner(workers)
         second.restore(place)
