@@ -60,9 +60,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def autocast(device: torch.device, *, enabled: bool) -> Any:
-    """bfloat16 autocast on a device, or nothing."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+def autocast(device: torch.device, *, enabled: bool, cached: bool = True) -> Any:
+    """bfloat16 autocast on a device, or nothing.
+
+    Args:
+        device: The device.
+        enabled: Whether to cast at all.
+        cached: Whether the bfloat16 weights stay until the end.
+    """
+    kind = torch.bfloat16
+    return torch.autocast(device.type, dtype=kind, enabled=enabled, cache_enabled=cached)
 
 
 def evaluate(

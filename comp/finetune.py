@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from comp.collectives import clip_gradients_, local, naming_the_lost
 from comp.config import PruningConfig
 from comp.cost import Measurement
 from comp.distillation import Teacher
@@ -15,7 +16,6 @@ from comp.evaluation import autocast, evaluate, to_device
 from comp.handle import handle_of
 from comp.madtp import LOSS_WEIGHT
 from comp.parking import Parked, give_back
-from comp.sharding import clip_gradients_, local
 from comp.tasks.base import Batch, Evaluation, Task
 
 RATIO_TOLERANCE = 0.005
@@ -50,23 +50,25 @@ def train_step(
     Returns:
         The mean loss.
     """
-    device, workers = next(model.parameters()).device, handle_of(model).workers
+    device, handle = next(model.parameters()).device, handle_of(model)
+    workers, is_whole = handle.workers, handle.sharding is None
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for _ in range(config.accumulate // workers.size):
-        with autocast(device, enabled=config.autocast):
+        cast = autocast(device, enabled=config.autocast, cached=is_whole)
+        with naming_the_lost(amid_others=True), cast:
             batch = to_device(next(batches), device)
             loss = _loss(model, task, batch, teacher) / config.accumulate
         total += workers.sum(float(loss.detach()))
         if not math.isfinite(total):
             return total
-        loss.backward()
+        with naming_the_lost(amid_others=True):
+            loss.backward()
     workers.sum_gradients_(model.parameters())
     clip_gradients_(list(model.parameters()), config.max_grad_norm)
     optimizer.step()
-    slow = handle_of(model).momentum
-    if slow is not None:
-        slow.follow(model)
+    if handle.momentum is not None:
+        handle.momentum.follow(model)
     return total
 
 

@@ -12,9 +12,9 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from comp.collectives import whole
 from comp.handle import PruningHandle
 from comp.importance import ActivationStatistics
-from comp.sharding import whole
 from comp.sites import UnitGroup, UnitKind
 
 

@@ -20,6 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from comp.collectives import local
 from comp.config import PruningConfig
 from comp.finetune import fine_tune_
 from comp.handle import handle_of
@@ -27,7 +28,7 @@ from comp.lookahead import TrialPlan
 from comp.opening import trials_before
 from comp.parking import parked
 from comp.results import CurvePoint, PruningResult, Snapshot, StageRecord
-from comp.sharding import gather_, local, shard_
+from comp.sharding import gather_, shard_
 from comp.shrink import shrink_
 from comp.stages import StageLoop
 from comp.tasks.base import Task

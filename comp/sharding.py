@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DeviceMesh, DTensor, distribute_tensor
+from torch.distributed.tensor import DeviceMesh, DTensor
+
+from comp.collectives import naming_the_lost, whole
 
 if TYPE_CHECKING:
     from comp.handle import PruningHandle
@@ -84,7 +86,7 @@ class Sharding:
         sharded: Any = fully_shard(part, mesh=mesh, ignored_params=others)
         sharded.set_gradient_divide_factor(1.0)  # losses are shares of one: gradients add up
         sharded.set_force_sum_reduction_for_comms(True)
-        sharded.unshard()
+        _unshard([sharded])
         sharded.reshard()
         return sharded
 
@@ -106,8 +108,7 @@ class Sharding:
         self._depth += 1
         try:
             if self._depth == 1:
-                for part in self._all():
-                    part.unshard()
+                _unshard(self._all())
             yield
         finally:
             self._depth -= 1
@@ -120,6 +121,12 @@ class Sharding:
         return [part for part in parts if isinstance(part, FSDPModule)]
 
 
+def _unshard(parts: Sequence[Any]) -> None:
+    with naming_the_lost(amid_others=True):
+        for part in parts:
+            part.unshard()
+
+
 def _blocks(handle: "PruningHandle") -> Iterator["Block"]:
     for blocks in handle.structure.encoders.values():
         yield from blocks
@@ -127,8 +134,8 @@ def _blocks(handle: "PruningHandle") -> Iterator["Block"]:
 
 def _path_of(block: "Block") -> str:
     """Path of the layer that a block describes: what the paths of its parts begin with."""
-    paths = [group.name.split(".") for group in block.groups()]
-    return ".".join(os.path.commonprefix(paths))
+    paths = [group.name.replace(".", "/") for group in block.groups()]
+    return os.path.commonpath(paths).replace("/", ".")
 
 
 @contextmanager
@@ -161,7 +168,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def shard_(handle: "PruningHandle", optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Shards the weights of a model anew, if its workers ask for that, and lets its optimizer follow.
+    """Shards the weights of a model anew, if its workers ask for it; an optimizer follows.
 
     Args:
         handle: The handle of the model, or of a copy of one that was sharded.
@@ -200,39 +207,3 @@ def _follow(
         group["params"] = [new.get(parameter, parameter) for parameter in group["params"]]
     for parameter in [p for p in optimizer.state if p in new]:
         optimizer.state[new[parameter]] = optimizer.state.pop(parameter)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Returns a tensor of which workers may hold shards; all of them must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def local(tensor: Tensor) -> Tensor:
-    """Returns what this worker holds of a tensor, itself and no copy."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Returns a tensor that every worker has in the shards in which another one is."""
-    if not isinstance(other, DTensor):
-        return tensor
-    placed: Tensor = distribute_tensor(
-        tensor, other.device_mesh, other.placements, src_data_rank=None
-    )
-    return placed
-
-
-def clip_gradients_(parameters: Sequence[nn.Parameter], max_norm: float) -> None:
-    """As ``clip_grad_norm_``, where some gradients may be in shards."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not any(isinstance(gradient, DTensor) for gradient in gradients):
-        nn.utils.clip_grad_norm_(parameters, max_norm)
-        return
-    squares = torch.zeros(2, device=gradients[0].device)
-    for gradient in gradients:
-        squares[int(isinstance(gradient, DTensor))] += local(gradient).square().sum()
-    distributed.all_reduce(squares[1:])
-    factor = (max_norm / (squares.sum().sqrt() + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        local(gradient).mul_(factor)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from comp.collectives import like, whole
 from comp.errors import CheckpointMismatch
 from comp.handle import PruningHandle
-from comp.sharding import like, whole
 from comp.sites import AttentionSite, FeedForwardSite, LinearRef, UnitGroup
 
 

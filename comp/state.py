@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from comp.collectives import like, whole
 from comp.cost import Measurement
 from comp.errors import CheckpointMismatch
 from comp.modes import Stream
 from comp.momentum import restored
 from comp.results import CurvePoint, StageRecord
-from comp.sharding import gather_, like, shard_, whole
+from comp.sharding import gather_, shard_
 from comp.shrink import apply_plan_
 
 if TYPE_CHECKING:

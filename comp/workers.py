@@ -12,7 +12,6 @@ and, where a model has dropout, up to its random numbers.
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -20,9 +19,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
+from comp.collectives import local, naming_the_lost
 from comp.config import PruningConfig
-from comp.errors import WorkerLost
-from comp.sharding import local
 from comp.tasks.base import Shard
 
 T = TypeVar("T")
@@ -81,7 +79,7 @@ class Workers:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with _naming_the_lost():
+        with naming_the_lost():
             distributed.all_gather_object(values, value)
         return values
 
@@ -94,7 +92,7 @@ class Workers:
         if self.size == 1:
             return value
         values: list[Any] = [value]
-        with _naming_the_lost():
+        with naming_the_lost():
             distributed.broadcast_object_list(values)
         found: T = values[0]
         return found
@@ -133,7 +131,7 @@ class Workers:
             return
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         has = torch.stack([_has_gradient(parameter) for parameter in trained]).int()
-        with _naming_the_lost():
+        with naming_the_lost():
             distributed.all_reduce(has, distributed.ReduceOp.MAX)
             waits = []
             for parameter, is_there in zip(trained, has.tolist(), strict=True):
@@ -150,7 +148,7 @@ class Workers:
         """Gives every worker the weights of the first."""
         if self.size == 1:
             return
-        with _naming_the_lost(), torch.no_grad():
+        with naming_the_lost(), torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 distributed.broadcast(tensor.data, 0)
 
@@ -172,13 +170,3 @@ def _has_gradient(parameter: nn.Parameter) -> Tensor:
     if isinstance(parameter.grad, DTensor):
         return local(parameter.grad).any()
     return torch.tensor(parameter.grad is not None, device=parameter.device)
-
-
-@contextmanager
-def _naming_the_lost() -> Iterator[None]:
-    """Turns what a collective raises when another process is gone into ``WorkerLost``."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise WorkerLost(f"another worker of the same run is gone ({reason})") from error

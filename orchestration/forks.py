@@ -59,7 +59,9 @@ def leave_snapshot(directory: RunDirectory, ratio: float, pruner: "Pruner") -> F
         pruner.save(target, optimizer=False)
 
     place = f"{FORKS}/{ratio_name(ratio)}/{SNAPSHOT}"
-    if not directory.storage.exists(place):
+    if directory.storage.exists(place):
+        pruner.lend(optimizer=False)  # as the other workers do
+    else:
         directory.storage.write_tree(place, save)
     return Fork(fork_of(directory.job, ratio))
 

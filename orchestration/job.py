@@ -76,6 +76,8 @@ class Job:
         probe: What a probe tries and from which state; ``None`` for the other kinds.
         spec_text: The YAML a person could run again; written to ``spec.yaml`` as it is.
         threads: CPU threads of torch in the worker.
+        sharded: Whether several workers of the job each keep only a shard of weights, gradients
+            and moments.
         attempt: 0 at first; raised by the executor each time the job is tried again.
         parts: Into how many parts every batch is split beyond what the config says: 1 at first,
             more once a worker ran out of memory. Saves memory and decides no result but by
@@ -104,6 +106,7 @@ class Job:
     probe: dict[str, Any] | None = None
     spec_text: str = ""
     threads: int = 1
+    sharded: bool = False
     attempt: int = 0
     parts: int = 1
     runner: str = DEFAULT_RUNNER
@@ -123,8 +126,8 @@ class Job:
     def content_id(self) -> str:
         """16 hexadecimal digits that two jobs share exactly if they must give the same result.
 
-        Names, places, attempts, parts, threads, where fine-tunes run and whose code is trusted do
-        not count; model, task, data, config, kind and ratio do.
+        Names, places, attempts, parts, threads, shards, where fine-tunes run and whose code is
+        trusted do not count; model, task, data, config, kind and ratio do.
         """
         decisive = {
             "model": self.model,

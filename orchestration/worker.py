@@ -203,10 +203,12 @@ def _shared_bodies(
         return
     _take_up(pruner, directory.storage)
     for body in pruner.trajectory():
-        if not isinstance(body, Snapshot):
-            yield body
-        elif job.fine_tune == "inline":
-            yield pruner.finish(body.ratio)
+        if isinstance(body, Snapshot) and job.fine_tune == "fork":
+            pruner.lend(optimizer=False)
+            continue
+        record = pruner.finish(body.ratio) if isinstance(body, Snapshot) else body
+        pruner.lend()
+        yield record
 
 
 def _take_up(pruner: "Pruner", storage: Storage, state: str | None = None) -> None:
@@ -234,7 +236,7 @@ def _dense_point(job: Job, loaded: "LoadedModel", task: "Task") -> CurvePoint:
         task,
         job.pruning_config,
         model_name=loaded.name,
-        workers=Workers.here(),
+        workers=Workers.here(sharded=job.sharded),
     )
 
 
@@ -325,7 +327,7 @@ def new_pruner(job: Job, loaded: "LoadedModel", task: "Task") -> "Pruner":
         model_name=loaded.name,
         dense=CurvePoint.from_dict(job.dense) if job.dense else None,
         dense_model=loaded.model,
-        workers=Workers.here(),
+        workers=Workers.here(sharded=job.sharded),
     )
 
 

@@ -90,5 +90,6 @@ def _job(spec: RunSpec, run_id: str, config: PruningConfig, *, study: str, runne
         run_dir=join(absolute(spec.root), "runs", run_id),
         spec_text=write_spec(again),
         threads=spec.resources.threads,
+        sharded=spec.resources.shard,
         runner=runner,
     )

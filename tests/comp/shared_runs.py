@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import distributed
 
+from comp.collectives import local
 from comp.config import PruningConfig
+from comp.finetune import train_step
 from comp.models import attach
 from comp.pruner import Pruner
 from comp.results import CurvePoint, StageRecord
@@ -47,9 +49,9 @@ def pruner(workers: Workers, family: str = "llava", **options: Any) -> Pruner:
     return Pruner(model, TinyTask(FAMILIES[family], 9), config, workers=workers)
 
 
-def prune(workers: Workers) -> Records:
+def prune(workers: Workers, **options: Any) -> Records:
     """Records of a run; several workers end it after a stage and take it up again."""
-    first = pruner(workers)
+    first = pruner(workers, **options)
     if workers.size == 1:
         return list(first.run())
     for _ in zip(range(2), first.run(), strict=False):
@@ -61,10 +63,36 @@ def prune(workers: Workers) -> Records:
         else:
             first.lend()
         workers.first(None)
-        second = pruner(workers)
+        second = pruner(workers, **options)
         second.restore(place)
         workers.gather(None)
     return [*second.records, *second.run()]
+
+
+def prune_in_shards(workers: Workers) -> Records:
+    """As ``prune``; small steps, as Adam's first ones follow the rounding of tiny gradients."""
+    sharded = dataclasses.replace(workers, sharded=True)
+    options = {"ratios": (0.1,), "learning_rate": 1e-4, "gradient_checkpointing": True}
+    return prune(sharded, **options)
+
+
+def shares_held(workers: Workers) -> dict[str, float]:
+    """Share of all weights, gradients and moments that this worker holds after a step."""
+    own = pruner(dataclasses.replace(workers, sharded=True))
+    config = own.config
+    batches = own.task.train_batches(batch_size=config.part_size, seed=0, shard=workers.shard)
+    own.model.train()
+    train_step(own.model, own.task, batches, own.optimizer, config)
+    used = list(own.optimizer.state)
+    parts = {
+        "weights": list(own.model.parameters()),
+        "gradients": [p.grad for p in used],
+        "moments": [v for s in own.optimizer.state.values() for v in s.values() if v.dim()],
+    }
+    return {
+        name: sum(local(t).numel() for t in tensors) / sum(t.numel() for t in tensors)
+        for name, tensors in parts.items()
+    }
 
 
 def search(workers: Workers) -> Records:
@@ -84,7 +112,7 @@ def gradients(workers: Workers) -> dict[str, torch.Tensor]:
 
 
 RUNS: dict[str, Callable[[Workers], Any]] = {
-    run.__name__: run for run in (prune, search, gradients)
+    run.__name__: run for run in (prune, prune_in_shards, search, gradients)
 }
 
 
@@ -98,7 +126,8 @@ def together(rank: int, meeting: Path) -> dict[str, Any]:
         timeout=timedelta(seconds=120),
     )
     try:
-        return {name: run(Workers.here()) for name, run in RUNS.items()}
+        found = {name: run(Workers.here()) for name, run in RUNS.items()}
+        return found | {"held": shares_held(Workers.here())}
     finally:
         distributed.destroy_process_group()
 

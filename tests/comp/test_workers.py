@@ -40,6 +40,11 @@ def test_two_workers_find_what_one_finds(both: dict[str, Any], name: str) -> Non
     assert_close(both[name], shared_runs.RUNS[name](ALONE))
 
 
+@pytest.mark.parametrize("kind", ["weights", "gradients", "moments"])
+def test_of_two_sharded_workers_each_holds_half(both: dict[str, Any], kind: str) -> None:
+    assert both["held"][kind] == pytest.approx(0.5, abs=0.02)
+
+
 def test_a_batch_is_split_into_parts_for_every_worker() -> None:
     config = PruningConfig(batch_size=24, accumulate=4)
     assert Workers(0, 6).split(config).accumulate == 12

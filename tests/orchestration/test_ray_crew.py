@@ -1,5 +1,6 @@
 """One run with two workers in a placement group of the pool, with real Ray and real accidents."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +67,19 @@ def test_a_killed_peer_costs_one_stage_and_changes_no_number(
     records = read_run(tmp_path / "s-0000").records
     assert [record.attempt for record in records][:3] == [0, 0, 1]
     assert facts(records) == facts(calm)
+
+
+@pytest.mark.chaos
+def test_a_killed_peer_costs_a_run_in_shards_one_stage(
+    tmp_path: Path, pair: RayExecutor, calm: tuple[Record, ...]
+) -> None:
+    (tmp_path / "peer-s-0000").write_text("3")
+    pair.submit(dataclasses.replace(make_shared_job(tmp_path), sharded=True))
+    events = list(pair.events())
+    assert isinstance(events[-1].body, JobEnd), events[-1].body
+    assert retries(events)[0].startswith("retrying (1/5) after its last stage; lost process ")
+    records = read_run(tmp_path / "s-0000").records
+    assert_close([record.body for record in records], [record.body for record in calm])
 
 
 def test_what_a_peer_says_of_itself_goes_before_that_it_has_left() -> None:
