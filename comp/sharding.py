@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DeviceMesh, DTensor
+from torch.distributed.tensor import DTensor
 
 from comp.collectives import naming_the_lost, whole
 
@@ -66,7 +67,9 @@ class Sharding:
             )
         model = handle.model
         device = next(model.parameters()).device
-        mesh = DeviceMesh.from_group(distributed.group.WORLD, device.type)
+        world = distributed.group.WORLD
+        assert world is not None  # several workers have joined it
+        mesh = DeviceMesh.from_group(world, device.type)
         layers = {path: model.get_submodule(path) for path in map(_path_of, _blocks(handle))}
         # Parameters without a dimension cannot be sharded.
         rest = {p for p in model.parameters() if not p.dim()}
@@ -188,12 +191,11 @@ def gather_(handle: "PruningHandle", optimizer: torch.optim.Optimizer | None = N
     handle.sharding = None
     new: dict[nn.Parameter, nn.Parameter] = {}
     for module in handle.model.modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if not isinstance(parameter, DTensor):
-                continue
-            if parameter not in new:
-                new[parameter] = nn.Parameter(whole(parameter.detach()), parameter.requires_grad)
-            setattr(module, name, new[parameter])
+        for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if old not in new and isinstance(old.data, DTensor):
+                new[old] = nn.Parameter(whole(old.detach()), old.requires_grad)
+            if old in new:
+                setattr(module, name, new[old])
     _follow(optimizer, new)
 
 
@@ -205,5 +207,6 @@ def _follow(
         return
     for group in optimizer.param_groups:
         group["params"] = [new.get(parameter, parameter) for parameter in group["params"]]
-    for parameter in [p for p in optimizer.state if p in new]:
-        optimizer.state[new[parameter]] = optimizer.state.pop(parameter)
+    for old, now in new.items():
+        if old in optimizer.state:
+            optimizer.state[now] = optimizer.state.pop(old)

@@ -21,11 +21,13 @@ from tests.orchestration.tiny_trials import order_for
 from tests.orchestration.trials import make_job
 from tests.tiny import FAMILIES, TinyTask
 
-CONFIG = dataclasses.replace(shared_runs.CONFIG, ratios=(0.1,), eval_samples=4, test_samples=2)
+CONFIG = dataclasses.replace(
+    shared_runs.CONFIG, ratios=(0.1,), eval_samples=4, test_samples=2, learning_rate=1e-4
+)
 
 
 def make_shared_job(directory: Path, **changes: object) -> Job:
-    own = {"config": CONFIG.to_dict(), "task": "tiny"} | changes
+    own = {"config": CONFIG.to_dict(), "task": "tiny", "sharded": True} | changes
     job = make_job(directory, **own)  # type: ignore[arg-type]
     return dataclasses.replace(job, runner="tests.orchestration.gang_trials:prune_shared")
 

@@ -1,6 +1,5 @@
 """One run with two workers in a placement group of the pool, with real Ray and real accidents."""
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def pair(ray_cluster: str) -> Iterator[RayExecutor]:
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory, pair: RayExecutor) -> tuple[Record, ...]:
-    """The records of an undisturbed run of two workers."""
+    """The records of an undisturbed run of two workers that share the weights, too."""
     job = make_shared_job(tmp_path_factory.mktemp("calm"))
     pair.submit(job)
     assert isinstance(list(pair.events())[-1].body, JobEnd)
@@ -69,19 +68,6 @@ def test_a_killed_peer_costs_one_stage_and_changes_no_number(
     assert facts(records) == facts(calm)
 
 
-@pytest.mark.chaos
-def test_a_killed_peer_costs_a_run_in_shards_one_stage(
-    tmp_path: Path, pair: RayExecutor, calm: tuple[Record, ...]
-) -> None:
-    (tmp_path / "peer-s-0000").write_text("3")
-    pair.submit(dataclasses.replace(make_shared_job(tmp_path), sharded=True))
-    events = list(pair.events())
-    assert isinstance(events[-1].body, JobEnd), events[-1].body
-    assert retries(events)[0].startswith("retrying (1/5) after its last stage; lost process ")
-    records = read_run(tmp_path / "s-0000").records
-    assert_close([record.body for record in records], [record.body for record in calm])
-
-
 def test_what_a_peer_says_of_itself_goes_before_that_it_has_left() -> None:
     left, starved = Failure("infrastructure", "gone"), Failure("memory", "out of memory")
     assert cause_among([ray.put(None), ray.put(starved)], left) == starved
@@ -104,12 +90,12 @@ def test_a_peer_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_cancelled_run_frees_both_workers(tmp_path: Path, pair: RayExecutor) -> None:
-    handle = pair.submit(make_shared_job(tmp_path))
+    handle = pair.submit(make_shared_job(tmp_path, sharded=False))
     while not any(isinstance(event.body, Record) for event in pair.poll(1.0)):
         pass
     ((place, _),) = pair.places
     pair.cancel(handle)
-    pair.submit(make_shared_job(tmp_path, run="s-0001"))
+    pair.submit(make_shared_job(tmp_path, run="s-0001", sharded=False))
     ends = [e.body for e in pair.events() if isinstance(e.body, Failure | JobEnd)]
     assert [type(end) for end in ends] == [Failure, JobEnd]
     assert [each for each, _ in pair.places] == [place]

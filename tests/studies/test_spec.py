@@ -74,6 +74,7 @@ def study(*overrides: str) -> StudySpec:
         ("version=2", "version must be 1, but got 2"),
         ("resources.threads=0", "resources.threads must be greater than or equal to 1"),
         ("resources.gpus=1.5", "gpus must be auto, a share of one or a whole number, but got 1.5"),
+        ("resources.shard=true", "shard needs workers to share with; set workers to 2 or more"),
         ("resources.gpus=some", "resources.gpus must be auto, a share of one or a whole"),
         ("sampler=random", "sampler must be a mapping, but got 'random'"),
         ("deadline_minutes=-1", "deadline_minutes must be greater than 0, but got -1"),
