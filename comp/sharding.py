@@ -12,6 +12,7 @@ workers take unequal numbers of batches there and generate unequal numbers of to
 could not gather block by block in step.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -197,6 +198,8 @@ def gather_(handle: "PruningHandle", optimizer: torch.optim.Optimizer | None = N
             if old in new:
                 setattr(module, name, new[old])
     _follow(optimizer, new)
+    if any(parameter.device.type != "cpu" for parameter in new):
+        gc.collect()  # parts are in cycles, and an accelerator cannot wait for Python's own sweep
 
 
 def _follow(

@@ -32,8 +32,8 @@ def pair(ray_cluster: str) -> Iterator[RayExecutor]:
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory, pair: RayExecutor) -> tuple[Record, ...]:
-    """The records of an undisturbed run of two workers that share the weights, too."""
-    job = make_shared_job(tmp_path_factory.mktemp("calm"))
+    """The records of an undisturbed run of two workers with shards and a forked fine-tuning."""
+    job = make_shared_job(tmp_path_factory.mktemp("calm"), fine_tune="fork")
     pair.submit(job)
     assert isinstance(list(pair.events())[-1].body, JobEnd)
     return read_run(job.run_dir).records
