@@ -8,7 +8,8 @@ so that samples lose different numbers of tokens.
 Ratios are reached by bisection: of the threshold (one for both streams), and of the share of
 units. Every module loses its own share of heads and channels, between 0.7 and 1.3 times the
 common one, at random, so that widths are as odd as after a real pruning. The mix removes
-1 - sqrt(1 - ratio) by tokens and the rest by parameters.
+1 - sqrt(1 - ratio) by tokens and the rest by parameters; heads that are gone change what attention
+there is, and with it how many tokens pass, so the threshold is set once more in the end.
 """
 
 import copy
@@ -262,7 +263,20 @@ class Pruner:
             _drop(handle, self._threshold(by_tokens))
         if kind != "tokens":
             self._remove_units(handle, (1 - ratio) * self.whole)
+        if kind == "mix":
+            self._settle(handle, ratio)
         return handle.model
+
+    def _settle(self, handle: PruningHandle, ratio: float) -> None:
+        """Sets the threshold of a model without some of its units so that it is at a ratio."""
+        low, high = 0.0, 2 * handle.thresholds[Stream.VISION]
+        for _ in range(8):
+            found = 1 - cost_of(handle, self.inputs).macs / self.whole
+            if abs(found - ratio) <= TOLERANCE / 2:
+                break
+            before = handle.thresholds[Stream.VISION]
+            low, high = (before, high) if found < ratio else (low, before)
+            _drop(handle, (low + high) / 2)
 
     def _threshold(self, ratio: float) -> float:
         for _ in range(7):
