@@ -61,6 +61,8 @@ class PruningConfig:
             their layer's mean before.
         rank_by: Rank units by their score, or by their score divided by the FLOPs that go with
             them (``comp.masks.rank_scores``).
+        one_ranking: Where the schedule chooses a mode, let parameters of all modalities be one,
+            with one ranking as in the joint schedules. Not the paper's.
         regrow: Choose among all units of a mode at every stage, those that earlier stages pruned
             among them, so that a unit may come back. Needs ``shrink="end"``.
         modes: Restricts the run to these modes; ``None`` means all the family has.
@@ -136,6 +138,7 @@ class PruningConfig:
     unit: Literal["head", "head_dim"] | None = None
     rank_norm: Literal["kind", "layer"] = "kind"
     rank_by: Literal["score", "score_per_flop"] = "score"
+    one_ranking: bool = False
     regrow: bool = False
     modes: tuple[str, ...] | None = None
     mask_site: Literal["qkv", "context"] = "qkv"

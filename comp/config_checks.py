@@ -121,6 +121,10 @@ def _check_costs(config: "PruningConfig") -> None:
             f"fade_exploration is for the schedules mps and cas_re, which explore, {has}; "
             "leave it out"
         )
+    if config.one_ranking and schedule not in (*CHOOSING, "lookahead"):
+        raise ValueError(
+            f"one_ranking is for the schedules that choose a mode, {has}; leave it out"
+        )
     if config.rank_by != "score" and not config.switches.parameters:
         raise ValueError(
             f"rank_by {config.rank_by!r} is about units, but method {method!r} prunes tokens "

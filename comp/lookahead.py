@@ -10,7 +10,7 @@ import copy
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from comp.modes import PruningMode
+from comp.modes import modes_in
 from comp.sharding import shard_
 from comp.strategy import Choice
 
@@ -40,12 +40,12 @@ class Trials(Protocol):
         ...
 
 
-def trial_cost(loop: "StageLoop", mode: PruningMode, gap: float, steps: int) -> float | None:
+def trial_cost(loop: "StageLoop", mode: str, gap: float, steps: int) -> float | None:
     """Tries one mode on a copy of the current state and returns its cost r.
 
     Args:
         loop: Between two stages.
-        mode: The mode to try.
+        mode: The mode to try, or several joined by ``+`` that share a step.
         gap: Multiply-adds left to the target.
         steps: Training steps while the chosen units fade; with none they go at once.
 
@@ -54,7 +54,7 @@ def trial_cost(loop: "StageLoop", mode: PruningMode, gap: float, steps: int) -> 
         to give.
     """
     trial = _fork(loop)
-    raised = trial.raising().pick([mode], gap, coarse=True)
+    raised = trial.raising().pick(modes_in(mode), gap, coarse=True)
     if raised is None:
         return None
     trial.handle.thresholds.update(raised.thresholds)
@@ -64,7 +64,7 @@ def trial_cost(loop: "StageLoop", mode: PruningMode, gap: float, steps: int) -> 
 
 def trial_costs(loop: "StageLoop", plan: TrialPlan) -> dict[str, float]:
     """Tries all modes of a plan; one that has nothing to give is left out."""
-    tried = {m: trial_cost(loop, PruningMode(m), plan.gap, plan.steps) for m in plan.modes}
+    tried = {m: trial_cost(loop, m, plan.gap, plan.steps) for m in plan.modes}
     return {mode: cost for mode, cost in tried.items() if cost is not None}
 
 

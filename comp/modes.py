@@ -46,3 +46,8 @@ PARAMETER_MODES = (
     PruningMode.LANGUAGE_PARAMS,
     PruningMode.CROSS_PARAMS,
 )
+
+
+def modes_in(name: str) -> list[PruningMode]:
+    """Returns the modes of a stage from their name, joined by ``+`` where several share it."""
+    return [PruningMode(part) for part in name.split("+")]

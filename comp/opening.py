@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from comp.errors import BudgetUnreachable
+from comp.fixed_strategy import FixedStrategy
 from comp.lookahead import LookaheadStrategy, TrialPlan
-from comp.modes import PruningMode
+from comp.modes import modes_in
 from comp.raising import Raise
 from comp.strategy import MultiModeStrategy
 
@@ -50,16 +51,16 @@ def open_stage(loop: "StageLoop", ratio: float) -> Opening:
                 name = strategy.choose(refused)
             except RuntimeError:
                 break
-            modes = [PruningMode(part) for part in name.split("+")]
-            raised = raising.pick(modes, gap, coarse=coarse)
+            raised = raising.pick(modes_in(name), gap, coarse=coarse)
             if raised is not None:
                 return Opening(name, raised, refreshed)
             strategy.withdraw()
-            for mode in modes:
-                if raising.is_exhausted(mode):
-                    strategy.exhaust(mode.value)
+            # A fixed schedule joins what is left of its groups; others choose a name as a whole.
+            for part in name.split("+") if isinstance(strategy, FixedStrategy) else [name]:
+                if all(raising.is_exhausted(mode) for mode in modes_in(part)):
+                    strategy.exhaust(part)
                 else:
-                    refused.add(mode.value)
+                    refused.add(part)
     raise BudgetUnreachable(
         f"ratio {ratio} cannot be reached: every mode is exhausted at {loop.ratio:.4f}; "
         "lower the ratio or the minima",

@@ -18,7 +18,11 @@ def make_strategy(config: PruningConfig, modes: Sequence[PruningMode]) -> Strate
         modes: The model's modes, already restricted to what the method prunes.
     """
     schedule = config.switches.schedule
+    tokens = [mode.value for mode in modes if mode.is_tokens]
+    parameters = [mode.value for mode in modes if not mode.is_tokens]
     names = [mode.value for mode in modes]
+    if config.one_ranking and parameters:
+        names = ["+".join(parameters), *tokens]
     if schedule in ("mps", "cas", "cas_re"):
         return MultiModeStrategy(
             names,
@@ -30,7 +34,5 @@ def make_strategy(config: PruningConfig, modes: Sequence[PruningMode]) -> Strate
         )
     if schedule == "lookahead":
         return LookaheadStrategy(names)
-    tokens = [mode.value for mode in modes if mode.is_tokens]
-    parameters = [mode.value for mode in modes if not mode.is_tokens]
     groups = [parameters, tokens] if schedule == "params_first" else [tokens, parameters]
     return FixedStrategy(groups, sequential=schedule != "joint")

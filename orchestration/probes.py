@@ -49,7 +49,7 @@ def announce(directory: RunDirectory, pruner: "Pruner") -> Iterator[Fork]:
 def _probe_of(job: Job, state: str, mode: str, gap: float, steps: int) -> Job:
     return replace(
         job,
-        run_id=f"{job.run_id}-{mode}",
+        run_id=f"{job.run_id}-{mode.replace('+', '.')}",
         run_dir=_place(job, state, mode),
         kind="probe",
         probe={"state": state, "mode": mode, "gap": gap, "steps": steps},
@@ -90,9 +90,8 @@ def try_mode(job: Job, pruner: "Pruner") -> None:
 
 def _cost(loop: "StageLoop", mode: str, gap: float, steps: int) -> float | None:
     from comp.lookahead import trial_cost
-    from comp.modes import PruningMode
 
-    return trial_cost(loop, PruningMode(mode), gap, steps)
+    return trial_cost(loop, mode, gap, steps)
 
 
 class SharedTrials:

@@ -32,7 +32,7 @@ from studies.terms import terms_of
 Settings = dict[str, list[dict[str, Any]]]
 """Points by setting."""
 REMEDIES = {
-    *("rank_norm", "rank_by", "refresh_after", "fade_exploration", "last_quantum"),
+    *("rank_norm", "rank_by", "one_ranking", "refresh_after", "fade_exploration", "last_quantum"),
     *("mask_site", "merge", "distillation", "min_heads"),
 }
 """Searched keys by which a setting is no longer the paper's (docs/algorithm.md)."""

@@ -13,7 +13,6 @@ from comp.config import PruningConfig
 from comp.lookahead import trial_cost
 from comp.masks import rank_scores
 from comp.models import attach
-from comp.modes import PruningMode
 from comp.opening import open_stage, trials_before, way_left
 from comp.pruner import Pruner
 from comp.raising import shrinking_quantum
@@ -114,7 +113,7 @@ def test_a_stage_refreshes_idle_costs_without_touching_a_weight() -> None:
     assert plan is not None
     assert pruner.stages[0].mode in plan.modes
     assert pruner.stages[-1].mode not in plan.modes
-    expected = {m: trial_cost(pruner, PruningMode(m), plan.gap, 0) for m in plan.modes}
+    expected = {m: trial_cost(pruner, m, plan.gap, 0) for m in plan.modes}
     opening = open_stage(pruner, RATIO)
     assert opening.refreshed == expected
     assert all(pruner.strategy.costs[m] == cost != old[m] for m, cost in expected.items())
@@ -194,6 +193,27 @@ def test_a_run_ranks_by_what_units_cost_on_its_samples(monkeypatch: pytest.Monke
     assert all(price > 0 for price in seen[1].values())
 
 
+# --- one ranking for all modalities --------------------------------------------------------------
+
+PARAMETERS = "vision_params+language_params+cross_params"
+
+
+def test_parameters_of_all_modalities_can_be_one_mode() -> None:
+    pruner = pruner_of(one_ranking=True, exploration=0.0)
+    assert pruner.strategy.live == [PARAMETERS, "vision_tokens", "language_tokens"]
+    stages = after_stages(pruner, 3)
+    assert sorted(stage.mode for stage in stages) == sorted(pruner.strategy.live)
+    assert len({pruner.handle.groups[name].mode for name in pruner.handle.kept}) > 1
+
+
+def test_one_mode_of_parameters_is_retired_as_a_whole() -> None:
+    floors = {"min_heads": 4, "min_channels": 48}
+    pruner = pruner_of(one_ranking=True, init="probe", ratios=(0.04,), **floors)
+    stages = after_stages(pruner, 2)
+    assert PARAMETERS not in pruner.strategy.live
+    assert all(stage.mode.endswith("_tokens") for stage in stages)
+
+
 # --- what is refused ---------------------------------------------------------------------------
 
 
@@ -202,6 +222,7 @@ def test_a_run_ranks_by_what_units_cost_on_its_samples(monkeypatch: pytest.Monke
     [
         ({"method": "sjp", "refresh_after": 3}, r"refresh_after 3 is for the costs of the sched"),
         ({"method": "cas", "fade_exploration": True}, r"fade_exploration is for .* leave it out"),
+        ({"method": "sjp", "one_ranking": True}, r"one_ranking is for the schedules that ch"),
         ({"method": "token", "rank_by": "score_per_flop"}, r"'token' prunes tokens alone"),
         ({"method": "upop_sine", "last_quantum": 0.5}, r"last_quantum 0.5 is for .* leave last_q"),
         ({"distill_stages": True}, r"distillation is 0; give it a weight"),
