@@ -84,9 +84,6 @@ class Sharding:
         self._depth = 0
 
     def _sharded(self, part: _Part, mesh: DeviceMesh, others: set[nn.Parameter]) -> Any:
-        own = {p for p in part.weights.parameters() if p not in others}
-        if not own:
-            return part
         sharded: Any = fully_shard(part, mesh=mesh, ignored_params=others)
         sharded.set_gradient_divide_factor(1.0)  # losses are shares of one: gradients add up
         sharded.set_force_sum_reduction_for_comms(True)
@@ -121,8 +118,7 @@ class Sharding:
                     part.reshard()
 
     def _all(self) -> list[Any]:
-        parts = [self._root, *self._parts.values()]
-        return [part for part in parts if isinstance(part, FSDPModule)]
+        return [self._root, *self._parts.values()]
 
 
 def _unshard(parts: Sequence[Any]) -> None:
