@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from comp.config import PruningConfig
 from comp.cost import Meter
 from comp.handle import PruningHandle
 from comp.models.blip_nlvr import BlipForNLVR
@@ -39,6 +40,21 @@ VOCABULARY = 40
 IMAGE_SIZE = 32
 MAX_WORDS = 10
 IMAGE_TOKEN = VOCABULARY - 1
+SMALL = PruningConfig(
+    steps_per_stage=2,
+    fine_tune_steps=2,
+    learning_rate=1e-3,
+    batch_size=4,
+    min_channels=4,
+    eval_samples=8,
+    test_samples=8,
+    eval_batch_size=8,
+    calibration_samples=8,
+    probe_samples=8,
+    device="cpu",
+)
+"""A run of a second or so; each test file adds the ratios it goes to."""
+
 CLOCKS = (
     "seconds",
     "train_seconds",

@@ -14,34 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from comp.config import PruningConfig
 from comp.distillation import Teacher, divergence
 from comp.finetune import make_optimizer, train_step
 from comp.models import attach
 from comp.pruner import Pruner, evaluate_dense
 from comp.results import CurvePoint, Snapshot, StageRecord
 from comp.tasks.base import Batch, Prediction
-from tests.tiny import CLOCKS, FAMILIES, TinyTask
+from tests.tiny import CLOCKS, FAMILIES, SMALL, TinyTask
 
 NLVR = FAMILIES["blip-nlvr"]
-CONFIG = PruningConfig(
+CONFIG = dataclasses.replace(
+    SMALL,
     ratios=(0.05,),
     stage_quantum=0.05,
-    steps_per_stage=2,
     quantum_cap=0.3,
-    fine_tune_steps=2,
     fine_tune_checks=1,
-    learning_rate=1e-3,
-    batch_size=4,
-    min_channels=4,
-    eval_samples=8,
-    test_samples=8,
-    eval_batch_size=8,
-    calibration_samples=8,
-    probe_samples=8,
     distillation=0.5,
     distillation_temperature=3.0,
-    device="cpu",
 )
 
 

@@ -1,5 +1,6 @@
 """The slow copy: it follows, shares masks and thresholds, shrinks along, resumes, is free."""
 
+import dataclasses
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from comp.config import PruningConfig
 from comp.finetune import make_optimizer, train_step
 from comp.handle import PruningHandle, handle_of
 from comp.models import attach
@@ -21,23 +21,9 @@ from comp.tasks.captions import CaptionedImage
 from comp.tasks.encoders import encode_images
 from comp.tasks.retrieval import ALPHA, RetrievalTask
 from tests.comp.test_retrieval import tiny
-from tests.tiny import CLOCKS
+from tests.tiny import CLOCKS, SMALL
 
-CONFIG = PruningConfig(
-    ratios=(0.15, 0.25),
-    min_channels=4,
-    min_vision_tokens=2,
-    stage_quantum=0.1,
-    steps_per_stage=2,
-    fine_tune_steps=2,
-    learning_rate=1e-3,
-    batch_size=4,
-    eval_samples=8,
-    test_samples=8,
-    calibration_samples=8,
-    probe_samples=8,
-    device="cpu",
-)
+CONFIG = dataclasses.replace(SMALL, ratios=(0.15, 0.25), min_vision_tokens=2, stage_quantum=0.1)
 FAMILIES = pytest.mark.parametrize("family", ["clip", "blip"])
 
 

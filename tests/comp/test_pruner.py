@@ -32,25 +32,10 @@ from comp.schedules import make_strategy
 from comp.shrink import shrink_
 from comp.strategy import MultiModeStrategy, history_weight
 from comp.tasks.base import Batch
-from tests.tiny import CLOCKS, FAMILIES, TinyFamily, TinyTask
+from tests.tiny import CLOCKS, FAMILIES, SMALL, TinyFamily, TinyTask
 
 NLVR = FAMILIES["blip-nlvr"]
-CONFIG = PruningConfig(
-    ratios=(0.12,),
-    stage_quantum=0.04,
-    steps_per_stage=2,
-    quantum_cap=0.3,
-    fine_tune_steps=2,
-    learning_rate=1e-3,
-    batch_size=4,
-    min_channels=4,
-    eval_samples=8,
-    test_samples=8,
-    eval_batch_size=8,
-    calibration_samples=8,
-    probe_samples=8,
-    device="cpu",
-)
+CONFIG = dataclasses.replace(SMALL, ratios=(0.12,), stage_quantum=0.04, quantum_cap=0.3)
 
 
 def configured(**values: Any) -> PruningConfig:
