@@ -63,11 +63,16 @@ make_venv() {
     "$python" -m venv "$venv" || fail "$python -m venv $venv did not work; see above."
 }
 
+renew_pip() { # the pip that Python 3.11 brings takes twice as long to choose; it does, if need be
+    "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile \
+        --retries 0 --upgrade 'pip>=25' >"$log" 2>&1 || true
+}
+
 pip_install() { # --no-compile: few modules are ever imported, and Python compiles these then
     local target=.
     [ "$extra" = base ] || target=".[$extra]"
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile \
-        -c constraints.txt -e "$target" >"$log" 2>&1
+        -c constraints.txt -e "$target" >>"$log" 2>&1
 }
 
 try_imports() { # this also compiles what every command needs, whatever the environment says
@@ -97,6 +102,7 @@ explain_pip_failure() {
 make_venv
 echo "installing into $venv (the first time: 2.4 to 6 GB, minutes; log in $log)"
 SECONDS=0
+renew_pip
 pip_install || explain_pip_failure
 try_imports || fail "the packages are installed, but do not work; $log ends with the reason:" \
     "$(tail -n 1 "$log")"
