@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from comp.config import PruningConfig
 from comp.models import attach
-from comp.parking import give_back, sharing_copy
+from comp.parking import bytes_of, give_back, sharing_copy
 from comp.tasks.base import Batch, PredictingTask, Prediction, PreparingTask, Task
 
 
@@ -78,9 +78,10 @@ class Teacher:
 
     def dismiss(self) -> None:
         """Frees the memory at once: a model and its handle hold each other until a sweep."""
+        freed = bytes_of(self._model.parameters())
         del self._model
         gc.collect()
-        give_back()
+        give_back(freed)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns the task's loss of a model in training plus the weighted term, a scalar."""

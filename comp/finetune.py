@@ -15,7 +15,7 @@ from comp.errors import NanLoss
 from comp.evaluation import autocast, evaluate, to_device
 from comp.handle import handle_of
 from comp.madtp import LOSS_WEIGHT
-from comp.parking import Parked, give_back
+from comp.parking import Parked, bytes_of, give_back
 from comp.tasks.base import Batch, Evaluation, Task
 
 RATIO_TOLERANCE = 0.005
@@ -162,7 +162,7 @@ def fine_tune_(
             on_step(step, loss)
     assert best is not None
     optimizer.state.clear()  # a dropped optimizer, being in cycles, keeps its moments for a while
-    give_back()
+    give_back(bytes_of(model.parameters()))
     _, chosen, state, thresholds = best
     for tensor, value in zip(_state_of(model), state.read(), strict=True):
         tensor.copy_(value)

@@ -32,6 +32,8 @@ def _trim() -> Any:
 
 
 _TRIM = _trim()
+WORTH_A_WALK = 32 * 2**20
+"""Freed bytes that are given back."""
 
 
 class Parked:
@@ -86,7 +88,7 @@ def parked(tensors: Sequence[Tensor]) -> Iterator[None]:
     waiting, devices = Parked(tensors), [tensor.device for tensor in tensors]
     for tensor in tensors:
         tensor.data = tensor.new_zeros(()).expand(tensor.shape)
-    give_back()
+    give_back(bytes_of(tensors))
     try:
         yield
     finally:
@@ -94,9 +96,20 @@ def parked(tensors: Sequence[Tensor]) -> Iterator[None]:
             tensor.data = values.to(device)
 
 
-def give_back() -> None:
-    """Returns freed memory to the system, where the C library can (glibc); milliseconds."""
-    if _TRIM is not None:
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Returns the bytes that tensors take in the memory of the CPU."""
+    return sum(t.numel() * t.element_size() for t in tensors if t.device.type == "cpu")
+
+
+def give_back(freed: int) -> None:
+    """Returns freed memory to the system, where the C library can (glibc).
+
+    That walks over all memory, which takes 5 to 600 ms, so nothing is done for a small model.
+
+    Args:
+        freed: About how many bytes were.
+    """
+    if _TRIM is not None and freed >= WORTH_A_WALK:
         _TRIM(0)
 
 

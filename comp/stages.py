@@ -28,7 +28,7 @@ from comp.masks import UnitChoice, bring_back_, fade_, mask_value
 from comp.models import attach
 from comp.modes import PruningMode, Stream
 from comp.opening import Opening, open_stage
-from comp.parking import ParkedModel, give_back
+from comp.parking import ParkedModel, bytes_of, give_back
 from comp.raising import Raise, Raising
 from comp.results import CurvePoint, StageRecord
 from comp.schedules import make_strategy
@@ -290,7 +290,7 @@ class StageLoop:
                 fade_(self.handle, choice, mask_value(step, decay))
         fade_(self.handle, choice, 0.0)
         self.optimizer.zero_grad(set_to_none=True)
-        give_back()
+        give_back(bytes_of(self.model.parameters()))
         self._step += steps
         return total / max(steps, 1)
 

@@ -98,10 +98,20 @@ def test_freed_memory_between_tensors_in_use_leaves_the_process() -> None:
     tensors = [torch.ones(25_000) for _ in range(500)]  # 100 kB each: not mapped on their own
     kept = tensors[::10]
     before = resident_mb()
+    freed = parking.bytes_of(tensors)
     del tensors
-    parking.give_back()
+    parking.give_back(freed)
     assert resident_mb() < before - 30
     assert all(tensor.sum() == 25_000 for tensor in kept)
+
+
+def test_nothing_walks_over_all_memory_for_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    walks: list[int] = []
+    monkeypatch.setattr(parking, "_TRIM", walks.append)
+    parking.give_back(parking.WORTH_A_WALK - 1)
+    assert walks == []
+    parking.give_back(parking.WORTH_A_WALK)
+    assert walks == [0]
 
 
 def resident_mb() -> float:
