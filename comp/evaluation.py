@@ -52,12 +52,14 @@ def batch_size_of(batch: Batch) -> int:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients on whole weights; restores the mode."""
     was_training = model.training
-    model.eval()
+    if was_training:
+        model.eval()
     try:
         with torch.no_grad(), gathered(model):
             yield
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 def autocast(device: torch.device, *, enabled: bool, cached: bool = True) -> Any:

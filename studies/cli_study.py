@@ -217,6 +217,8 @@ def conduct(
     if folder.is_started and summarize(folder, spec).is_finished:
         send_missed(spec)
     else:
+        if inline and spec.resources.workers > 1:
+            say(f"--inline runs a trial in this process alone, not in {spec.resources.workers}")
         with watchable(spec):
             outcome = conduct_study(spec, inline=inline, trust_remote_code=trust_remote_code)
         why, counts = outcome.why, show_counts(outcome.counts)

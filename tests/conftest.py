@@ -16,6 +16,7 @@ os.environ.update(
     RAY_worker_niceness="0",  # Ray's 15 starves them where something else is running too
     RAY_prestart_worker_first_driver="0",  # no processes that wait for tasks: there are none
     RAY_enable_metrics_collection="0",
+    LOG_NAME_UPDATE_INTERVAL_S="60",  # of no use: nothing of it is shown
     MLFLOW_DISABLE_TELEMETRY="true",
     TOKENIZERS_PARALLELISM="false",
 )

@@ -143,6 +143,13 @@ def test_a_study_that_runs_elsewhere_exits_with_3(spec_path: Path, tmp_path: Pat
     assert f"process {os.getpid()}" in result.stderr
 
 
+def test_inline_says_that_there_are_no_other_workers(spec_path: Path, tmp_path: Path) -> None:
+    words = ["--root", str(tmp_path), "--inline", "--set", "resources.workers=2"]
+    with hold_directory(tmp_path / "studies" / "s", "s"):
+        result = invoke("study", "run", str(spec_path), *words)
+    assert "--inline runs a trial in this process alone, not in 2\n" in result.stderr
+
+
 def test_a_study_of_another_spec_exits_with_2(root: Path, spec_path: Path) -> None:
     words = ["--root", str(root), "--set", "space.num_stages.high=50"]
     result = invoke("study", "run", str(spec_path), *words)
