@@ -33,7 +33,7 @@ def _trim() -> Any:
 
 _TRIM = _trim()
 WORTH_A_WALK = 32 * 2**20
-"""Freed bytes that are given back."""
+"""Bytes; less than this is left to the C library."""
 
 
 class Parked:

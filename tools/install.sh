@@ -65,7 +65,7 @@ make_venv() {
 
 renew_pip() { # the pip that Python 3.11 brings takes twice as long to choose; it does, if need be
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile \
-        --retries 0 --upgrade 'pip>=25' >"$log" 2>&1 || true
+        --retries 0 'pip>=25' >"$log" 2>&1 || true
 }
 
 pip_install() { # --no-compile: few modules are ever imported, and Python compiles these then
