@@ -25,18 +25,23 @@ def results() -> None:
     type=click.Path(path_type=Path),
     help="The directory of the collection.",
 )
+@click.option("--replace", is_flag=True, help="Drop what is there of these studies first.")
 @root_option
 @common
-def collect(names: tuple[str, ...], out: Path, root: str | None, as_json: bool) -> None:
+def collect(
+    names: tuple[str, ...], out: Path, replace: bool, root: str | None, as_json: bool
+) -> None:
     """Copy points and stages of studies into two Parquet files.
 
-    Test outcomes sample by sample are in them, so that differences need no model again.
+    They join what is there already: other studies, and other seeds and settings of the same one if
+    its terms are equal. Test outcomes sample by sample are in them, so that differences need no
+    model again.
     """
-    from studies import reproduction
+    from studies import collection
 
     with mistakes():
         folders = [find_folder(name, root) for name in names]
-        number = reproduction.collect(folders, out)
+        number = collection.collect(folders, out, replace=replace)
     answer(as_json, {"runs": number, "directory": str(out)}, f"{number} runs in {out}")
 
 

@@ -1,10 +1,9 @@
 """The tables of docs/results.md: every setting of a study, against the best baseline.
 
-``collect`` copies what finished runs say into two small Parquet files; everything else is made
-from these, so that whoever has the repository can make the tables again without running anything.
+Everything is made from the two small files of ``studies.collection``, so that whoever has the
+repository can make the tables again without running anything.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,32 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet
 
-from comp.config import PruningConfig
-from comp.methods import METHODS
 from comp.results import unpack_outcomes
-from orchestration.job import Job
-from orchestration.store import Run
-from orchestration.store_tables import tables_of
+from studies.collection import POINTS, STAGES
 from studies.curves import Spread, spread
-from studies.folder import StudyFolder
 from studies.paired import Difference, paired_difference, sampled_difference
-from studies.sources import find_runs
-from studies.space import starting_point, values_of
-from studies.spec import StudySpec
-from studies.terms import terms_of
 
 Settings = dict[str, list[dict[str, Any]]]
 """Points by setting."""
-REMEDIES = {
-    *("rank_norm", "rank_by", "one_ranking", "refresh_after", "fade_exploration", "last_quantum"),
-    *("mask_site", "merge", "distillation", "min_heads"),
-}
-"""Searched keys by which a setting is no longer the paper's (docs/algorithm.md)."""
-POINTS = "points.parquet"
-STAGES = "stages.parquet"
 
 
 @dataclass(frozen=True)
@@ -109,73 +91,18 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 
-def collect(folders: Sequence[StudyFolder], target: Path) -> int:
-    """Writes the points and stages of studies' runs to ``target`` and returns how many runs.
-
-    A run without a finished ratio is left out.
-
-    Raises:
-        SpecError: If a study has no run.
-    """
-    points, stages = [], []
-    for folder in folders:
-        spec = folder.read_spec()
-        for run in find_runs([folder.location], folder.root):
-            if all(point.method == "dense" for point in run.points):
-                continue
-            tables = tables_of(run.job, run.records)
-            points.append(_with_setting(tables["curve"], run, spec))
-            stages.append(_with_setting(tables["stages"].drop_columns(["layers"]), run, spec))
-    target.mkdir(parents=True, exist_ok=True)
-    for name, tables_found in ((POINTS, points), (STAGES, stages)):
-        temporary = target / f".{name}"
-        pa.parquet.write_table(pa.concat_tables(tables_found), temporary, compression="zstd")
-        temporary.replace(target / name)
-    return len(points)
-
-
-def _with_setting(table: pa.Table, run: Run, spec: StudySpec) -> pa.Table:
-    config, changes = PruningConfig.from_dict(run.job.config), changes_of(run.job, spec)
-    of_paper = config.switches in (METHODS["comp"], METHODS["cim"])
-    columns = {
-        "setting": setting_of(run.job, spec),
-        "is_own": of_paper and not changes.keys() & REMEDIES,
-        "is_reference": spec.is_listed and not changes,
-        "terms": json.dumps(terms_of(run.job, spec)),
-        "data": run.job.data or "OpenMoji",
-        "commit": run.environment.get("git_commit", ""),
-    }
-    for name, value in columns.items():
-        table = table.append_column(name, pa.array([value] * table.num_rows))
-    return table
-
-
-def setting_of(job: Job, spec: StudySpec) -> str:
-    """Returns what tells a run from the others of its study, such as ``cim cip=false``.
-
-    It is the method and whatever else is not as in trial 0.
-    """
-    changes = changes_of(job, spec)
-    return " ".join([job.method, *(f"{key}={json.dumps(v)}" for key, v in changes.items())])
-
-
-def changes_of(job: Job, spec: StudySpec) -> dict[str, Any]:
-    """Returns the values of searched keys other than the method that are not as in trial 0."""
-    start = values_of(spec.space, starting_point(spec.pruning, spec.space))
-    others = {key: job.config.get(key) for key in start if key != "method"}
-    return {key: value for key, value in others.items() if value != start[key]}
-
-
 def read_rows(directory: Path) -> list[ResultRow]:
-    """Reads what ``collect`` wrote and compares: rows by study, ratio and setting."""
+    """Reads a collection and compares: rows by study, ratio and setting."""
     groups = settings_by_ratio(directory)
     return [row for key in sorted(groups) for row in compare_settings(groups[key])]
 
 
 def settings_by_ratio(directory: Path) -> dict[tuple[str, float], Settings]:
-    """Reads what ``collect`` wrote: by study and asked ratio, points with their run's stages."""
-    points = pa.parquet.read_table(directory / POINTS).to_pylist()
-    stages = pa.parquet.read_table(directory / STAGES, columns=["study", "run_id"]).to_pylist()
+    """Reads a collection: by study and asked ratio, points with the stages of their run."""
+    points = pyarrow.parquet.read_table(directory / POINTS).to_pylist()
+    stages = pyarrow.parquet.read_table(
+        directory / STAGES, columns=["study", "run_id"]
+    ).to_pylist()
     num_stages = Counter((stage["study"], stage["run_id"]) for stage in stages)
     groups: dict[tuple[str, float], Settings] = {}
     for point in points:

@@ -13,10 +13,11 @@ from typing import Any
 
 import pyarrow.parquet
 
+from studies.collection import POINTS, STAGES
 from studies.curves import removed_macs
 from studies.folder import write_atomically
 from studies.plots import plot_settings
-from studies.reproduction import POINTS, STAGES, ResultRow, read_rows
+from studies.reproduction import ResultRow, read_rows
 from studies.reproduction_across import rows_across
 
 _ACROSS = re.compile(r"<!-- begin across ([\w.-]+(?: [\w.-]+)+) -->")
@@ -27,7 +28,7 @@ def write_results(data: Path, page: Path) -> list[Path]:
     """Writes tables into a page, ``results.json`` beside it and the plots into ``data``.
 
     Args:
-        data: Directory that ``studies.reproduction.collect`` wrote.
+        data: Directory that ``studies.collection.collect`` wrote.
         page: A Markdown file with places for tables.
 
     Returns:

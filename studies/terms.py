@@ -1,5 +1,7 @@
 """What two runs must share so that a difference between them is their settings'."""
 
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comp.config import PruningConfig
@@ -9,6 +11,8 @@ from studies.spec import StudySpec
 
 NO_TERMS = ("method", "seed", "ratios", "num_stages", "stage_quantum", "max_stages", "device")
 """Keys of a config that are a setting's own, or that ``quantum`` says better."""
+DENSE_TOLERANCE = 0.25
+"""Points by which the dense model's test metric may differ between machines."""
 _QUANTUM = {"ratios", "num_stages", "stage_quantum", TARGET_RATIO}
 _STEPS = {"steps_per_stage", "fine_tune_steps"}
 
@@ -26,3 +30,55 @@ def terms_of(job: Job, spec: StudySpec) -> dict[str, Any]:
     if not spec.space.keys() & _QUANTUM:
         own["quantum"] = round(PruningConfig.from_dict(job.config).quantum, 4)
     return {"model": job.model, "task": job.task, "data": job.data, **own}
+
+
+def differing_terms(
+    ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Returns which terms are not equal between two sets of collected points, with both values.
+
+    The dense model is among them. Its accuracy may differ by what another processor changes.
+    """
+    wrong = []
+    mine, other = (_terms(points) for points in (ours, theirs))
+    for key in sorted(mine.keys() & other.keys()):
+        if mine[key] != other[key]:
+            wrong.append(f"{key} ({mine[key]} and {other[key]})")
+    one, two = (sorted(_dense(points)) for points in (ours, theirs))
+    params, tests = zip(*one, *two, strict=True) if one + two else ((), (0.0,))
+    if len(set(params)) > 1 or max(tests) - min(tests) > DENSE_TOLERANCE:
+        wrong.append(f"dense model ({_told(one)} and {_told(two)})")
+    return wrong
+
+
+def differing_seeds(
+    ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Returns the seeds of two sets of collected points if they are not the same, else nothing."""
+    one, two = (
+        sorted({point["seed"] for point in points if point["method"] != "dense"})
+        for points in (ours, theirs)
+    )
+    return [] if one == two else [f"seeds ({_listed(one)} and {_listed(two)})"]
+
+
+def _terms(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if any(not point.get("terms") for point in points):
+        raise ValueError(
+            f"study {points[0]['study']!r} was collected before terms were kept; collect it again "
+            "with 'comp results collect'"
+        )
+    found: dict[str, Any] = json.loads(points[0]["terms"])
+    return found
+
+
+def _dense(points: Sequence[Mapping[str, Any]]) -> set[tuple[int, float]]:
+    return {(p["params"], round(p["test"], 2)) for p in points if p["method"] == "dense"}
+
+
+def _told(dense: Sequence[tuple[int, float]]) -> str:
+    return ", ".join(f"{params} parameters, {test:.2f} on test" for params, test in dense)
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))

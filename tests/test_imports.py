@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "pyarrow": (
         "comp/data/*",
         "orchestration/stor*.py",
+        "studies/collection.py",
         "studies/curves.py",
         "studies/reproduction*.py",
     ),

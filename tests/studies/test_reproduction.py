@@ -12,8 +12,9 @@ from click.testing import CliRunner
 
 from comp.results import pack_outcomes
 from studies.cli import cli
+from studies.collection import POINTS, STAGES, collect
 from studies.folder import StudyFolder
-from studies.reproduction import POINTS, STAGES, ResultRow, collect, read_rows
+from studies.reproduction import ResultRow, read_rows
 from studies.reproduction_across import rows_across
 from studies.reproduction_page import fill, write_results
 from tests.studies.synthetic import make_spec

@@ -1,0 +1,154 @@
+"""The dataset behind a results page: points and stages of studies in two small Parquet files.
+
+A study may be run in pieces, some seeds here and some there: what is collected joins what is there
+already, if the terms are equal.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet
+
+from comp.config import PruningConfig
+from comp.methods import METHODS
+from orchestration.job import Job
+from orchestration.store import Run
+from orchestration.store_tables import tables_of
+from studies.folder import StudyFolder
+from studies.sources import find_runs
+from studies.space import starting_point, values_of
+from studies.spec import StudySpec
+from studies.terms import differing_terms, terms_of
+
+POINTS = "points.parquet"
+STAGES = "stages.parquet"
+REMEDIES = {
+    *("rank_norm", "rank_by", "one_ranking", "refresh_after", "fade_exploration", "last_quantum"),
+    *("mask_site", "merge", "distillation", "min_heads"),
+}
+"""Searched keys by which a setting is no longer the paper's (docs/algorithm.md)."""
+
+Pair = tuple[str, str, int]
+"""Study, setting and seed: what is one run on the page."""
+
+
+def collect(folders: Sequence[StudyFolder], target: Path, *, replace: bool = False) -> int:
+    """Adds the points and stages of studies' runs to ``target`` and returns how many runs.
+
+    A run without a finished ratio is left out. Where a study's setting and seed are there already,
+    the run with more points stays, the new one of equals.
+
+    Args:
+        folders: The studies.
+        target: Directory of the two files, made if it is not there.
+        replace: Drop what is there of these studies first.
+
+    Raises:
+        SpecError: If a study has no run.
+        ValueError: If ``target`` has runs of a study on other terms.
+    """
+    points, stages = [], []
+    for folder in folders:
+        spec = folder.read_spec()
+        for run in find_runs([folder.location], folder.root):
+            if all(point.method == "dense" for point in run.points):
+                continue
+            tables = tables_of(run.job, run.records)
+            points.append(_with_setting(tables["curve"], run, spec))
+            stages.append(_with_setting(tables["stages"].drop_columns(["layers"]), run, spec))
+    if not points:
+        return 0
+    found = {POINTS: pa.concat_tables(points), STAGES: pa.concat_tables(stages)}
+    if (target / POINTS).is_file():
+        kept = {name: pyarrow.parquet.read_table(target / name) for name in found}
+        if replace:
+            names = pa.array(found[POINTS]["study"].unique())
+            kept = {
+                name: table.filter(
+                    pyarrow.compute.invert(pyarrow.compute.is_in(table["study"], names))
+                )
+                for name, table in kept.items()
+            }
+        found = _joined(kept, found, target)
+    target.mkdir(parents=True, exist_ok=True)
+    for name, table in found.items():
+        temporary = target / f".{name}"
+        pyarrow.parquet.write_table(table, temporary, compression="zstd")
+        temporary.replace(target / name)
+    return len(points)
+
+
+def _joined(
+    kept: Mapping[str, pa.Table], found: Mapping[str, pa.Table], target: Path
+) -> dict[str, pa.Table]:
+    old, new = (_by_pair(tables[POINTS]) for tables in (kept, found))
+    for study in {pair[0] for pair in old} & {pair[0] for pair in new}:
+        there, here = (
+            [point for pair, own in side.items() if pair[0] == study for point in own]
+            for side in (old, new)
+        )
+        if wrong := differing_terms(there, here):
+            raise ValueError(
+                f"{target} has runs of {study!r} that differ from the new ones in "
+                f"{'; '.join(wrong)}; collect with --replace to drop them"
+            )
+    longer = {pair for pair in old.keys() & new.keys() if len(old[pair]) > len(new[pair])}
+    return {
+        name: pa.concat_tables(
+            [_without(kept[name], new.keys() - longer), _without(found[name], longer)],
+            promote_options="default",
+        )
+        for name in found
+    }
+
+
+def _by_pair(points: pa.Table) -> dict[Pair, list[dict[str, Any]]]:
+    pairs: dict[Pair, list[dict[str, Any]]] = {}
+    for point in points.drop_columns(["outcomes"]).to_pylist():
+        pairs.setdefault(_pair(point), []).append(point)
+    return pairs
+
+
+def _pair(row: Mapping[str, Any]) -> Pair:
+    return row["study"], row["setting"], row["seed"]
+
+
+def _without(table: pa.Table, pairs: set[Pair]) -> pa.Table:
+    rows = table.select(["study", "setting", "seed"]).to_pylist()
+    return table.filter(pa.array([_pair(row) not in pairs for row in rows], pa.bool_()))
+
+
+def _with_setting(table: pa.Table, run: Run, spec: StudySpec) -> pa.Table:
+    config, changes = PruningConfig.from_dict(run.job.config), changes_of(run.job, spec)
+    of_paper = config.switches in (METHODS["comp"], METHODS["cim"])
+    columns = {
+        "setting": setting_of(run.job, spec),
+        "is_own": of_paper and not changes.keys() & REMEDIES,
+        "is_reference": spec.is_listed and not changes,
+        "terms": json.dumps(terms_of(run.job, spec)),
+        "data": run.job.data or "OpenMoji",
+        "commit": run.environment.get("git_commit", ""),
+    }
+    for name, value in columns.items():
+        table = table.append_column(name, pa.array([value] * table.num_rows))
+    return table
+
+
+def setting_of(job: Job, spec: StudySpec) -> str:
+    """Returns what tells a run from the others of its study, such as ``cim cip=false``.
+
+    It is the method and whatever else is not as in trial 0.
+    """
+    changes = changes_of(job, spec)
+    return " ".join([job.method, *(f"{key}={json.dumps(v)}" for key, v in changes.items())])
+
+
+def changes_of(job: Job, spec: StudySpec) -> dict[str, Any]:
+    """Returns the values of searched keys other than the method that are not as in trial 0."""
+    start = values_of(spec.space, starting_point(spec.pruning, spec.space))
+    others = {key: job.config.get(key) for key in start if key != "method"}
+    return {key: value for key, value in others.items() if value != start[key]}
