@@ -86,6 +86,9 @@ RECIPES: dict[str, Recipe] = {
     "blip-tiny-captioning": Recipe(task="captioning", steps=3000),
     "blip-tiny-retrieval": Recipe(task="retrieval", steps=3000),
     "clip-tiny-retrieval": Recipe(task="retrieval", steps=4000, batch_size=128, family="clip"),
+    "clip-small-retrieval": Recipe(
+        task="retrieval", steps=3000, init="blip-small-vqa", shape=SMALL, family="clip"
+    ),
 }
 
 

@@ -26,11 +26,11 @@ def build_small(
         shape: Its sizes.
         tokenizer: Gives vocabulary and special tokens.
         seed: Seed of the weights.
-        init: Directory of a model of the family to start from, where the class can.
+        init: Directory of a BLIP to start from, for NLVR2 and CLIP.
 
     Raises:
         ValueError: If no class of the family serves the task.
     """
     if family == "clip":
-        return build_clip(shape, tokenizer, seed=seed)
+        return build_clip(shape, tokenizer, seed=seed, init=init)
     return build_blip(task, shape, tokenizer, seed=seed, init=init)

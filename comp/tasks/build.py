@@ -30,7 +30,7 @@ from comp.words import nearest
 _NUM_SAMPLES = {
     "vqa": {"train": 30_000, "val": 3_000, "test": 3_000},
     "nlvr2": {"train": 40_000, "val": 3_000, "test": 3_000},
-    "retrieval": {"train": 20_000, "val": 1_000, "test": 1_000},
+    "retrieval": {"train": 40_000, "val": 1_000, "test": 1_000},
     "captioning": {"train": 20_000, "val": 1_000, "test": 1_000},
     "instruct": {"train": 30_000, "val": 3_000, "test": 3_000},  # questions
 }
