@@ -43,6 +43,8 @@ class PruningConfig:
             ratio divided by ``num_stages``.
         last_quantum: The last stage's quantum as a share of the first one's, between which quanta
             shrink geometrically; ``num_stages`` of them make up the way all the same.
+        recalibrate: Set all token thresholds again at the end of every stage, so that it removes
+            what it was to remove. Not the paper's.
         quantum_cap: Largest share of a mode's own FLOPs that one stage may remove (kappa).
         min_quantum: Share of the dense FLOPs below which a raise counts as exhausted (eps_F).
         tolerance: Accepted overshoot above the FLOPs target, as a share of the dense FLOPs.
@@ -122,6 +124,7 @@ class PruningConfig:
     lookahead_steps: int = 10
     stage_quantum: float | None = None
     last_quantum: float = 1.0
+    recalibrate: bool = False
     quantum_cap: float = 0.15
     min_quantum: float = 0.001
     tolerance: float = 0.0025

@@ -57,8 +57,7 @@ def trial_cost(loop: "StageLoop", mode: str, gap: float, steps: int) -> float | 
     raised = trial.raising().pick(modes_in(mode), gap, coarse=True)
     if raised is None:
         return None
-    trial.handle.thresholds.update(raised.thresholds)
-    trial.train(raised.choice, steps)
+    trial.take(raised, steps)
     return trial.measure(raised.macs)[1]
 
 

@@ -84,6 +84,9 @@ class Raising:
         config: Quantum, minima, samples.
         cost: The model's cost on the validation subset.
         dense_macs: The dense model's mean multiply-adds on the same samples.
+
+    Attributes:
+        search: Searches token thresholds from where the model stands.
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class Raising:
         self._handle, self._task, self._config = handle, task, config
         self._cost, self._dense_macs = cost, dense_macs
         self._device = next(handle.model.parameters()).device
-        self._search = ThresholdSearch(
+        self.search = ThresholdSearch(
             handle,
             task,
             lambda: self._samples("train", config.probe_samples),
@@ -136,7 +139,7 @@ class Raising:
             macs += choice.macs
         if tokens:
             streams = [mode.stream for mode in tokens]
-            thresholds, drop = self._search.raise_by(streams, share, coarse=coarse)
+            thresholds, drop = self.search.raise_by(streams, share, coarse=coarse)
             macs += drop
         last = quantum >= gap
         if macs <= 0 or (macs < self.smallest and not last):
@@ -154,7 +157,7 @@ class Raising:
 
     def is_exhausted(self, mode: PruningMode) -> bool:
         """Whether a mode could not remove the smallest quantum even at its minima."""
-        left = self._search.obtainable(mode.stream) if mode.is_tokens else self._units_left([mode])
+        left = self.search.obtainable(mode.stream) if mode.is_tokens else self._units_left([mode])
         return left < self.smallest
 
     def check_reachable(self, modes: Sequence[PruningMode], ratio: float) -> None:

@@ -217,9 +217,8 @@ class StageLoop:
     def _prune(self, ratio: float) -> tuple[Opening, float, float]:
         """Raises a threshold and trains; returns what was done, the loss, and the seconds."""
         opening = open_stage(self, ratio)
-        self.handle.thresholds.update(opening.raised.thresholds)
         begin = time.perf_counter()
-        train_loss = self.train(opening.raised.choice, self.config.steps_per_stage)
+        train_loss = self.take(opening.raised, self.config.steps_per_stage)
         trained = time.perf_counter() - begin
         if self.config.shrink == "stage":
             gather_(self.handle, self.optimizer)
@@ -252,6 +251,32 @@ class StageLoop:
         """What the next stage may take of the current model."""
         assert self._cost is not None
         return Raising(self.handle, self.task, self.config, self._cost, self._dense_macs)
+
+    def take(self, raised: Raise, steps: int) -> float:
+        """Takes a stage's step: thresholds rise, and the model trains while the units fade.
+
+        With ``recalibrate`` all thresholds are set again after it, so that what went is what the
+        step was to remove: neither heads that are gone nor training may move it.
+
+        Args:
+            raised: What the stage removes.
+            steps: Optimizer steps.
+
+        Returns:
+            The mean training loss.
+
+        Raises:
+            NanLoss: If the loss is not finite.
+        """
+        drops = any(theta > 0 for theta in (self.handle.thresholds | raised.thresholds).values())
+        recalibrates = self.config.recalibrate and drops
+        target = self.raising().search.start - raised.macs if recalibrates else 0.0
+        self.handle.thresholds.update(raised.thresholds)
+        loss = self.train(raised.choice, steps)
+        if recalibrates:
+            tolerance = self.config.tolerance * self._dense_macs
+            self.handle.thresholds.update(self.raising().search.settle(target, tolerance))
+        return loss
 
     def train(self, choice: UnitChoice, steps: int) -> float:
         """Trains for some steps while the chosen units fade; returns the mean loss.

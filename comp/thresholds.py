@@ -82,6 +82,28 @@ class ThresholdSearch:
         assert best is not None
         return {stream: theta + best[1] for stream, theta in old.items()}, best[2]
 
+    def settle(self, target: float, tolerance: float) -> dict[Stream, float]:
+        """Searches one factor for all thresholds by bisection; they may fall as well as rise.
+
+        Args:
+            target: Mean multiply-adds that the probe samples are to cost.
+            tolerance: Multiply-adds by which they may miss it.
+
+        Returns:
+            The thresholds of the probe nearest to the target.
+        """
+        old = self._handle.thresholds
+        low, high, factor, macs = 0.0, math.inf, 1.0, self.start
+        best = (abs(macs - target), factor)
+        for _ in range(MAX_PROBES if any(old.values()) else 0):
+            if best[0] <= tolerance:
+                break
+            low, high = (factor, high) if macs > target else (low, factor)
+            factor = (low + high) / 2 if math.isfinite(high) else 1.5 * factor
+            macs = self._macs({stream: theta * factor for stream, theta in old.items()})
+            best = min(best, (abs(macs - target), factor))
+        return {stream: theta * best[1] for stream, theta in old.items()}
+
     def _macs(self, thresholds: Mapping[Stream, float]) -> float:
         with self._handle.with_thresholds({**self._handle.thresholds, **thresholds}):
             return measure_cost(

@@ -158,6 +158,39 @@ def test_a_run_begins_with_the_larger_quanta() -> None:
     assert shrinking > even + 0.02
 
 
+# --- thresholds that are set again ---------------------------------------------------------------
+
+
+def removed_by_stages(**values: Any) -> list[float]:
+    """Shares of the dense FLOPs that four stages removed, while training moves the scores."""
+    own = {"method": "sjp_tp", "ratios": (0.4,), "stage_quantum": 0.04, "learning_rate": 0.02}
+    pruner = pruner_of(**{**own, "probe_samples": 8, "eval_samples": 8, **values})
+    ratios = [0.0, *(stage.ratio for stage in after_stages(pruner, 4))]
+    return [after - before for before, after in itertools.pairwise(ratios)]
+
+
+def test_a_stage_that_is_recalibrated_removes_what_it_was_to_remove() -> None:
+    drifted, held = (removed_by_stages(recalibrate=value) for value in (False, True))
+    assert sum(drifted) > 4 * 0.04 + 0.04
+    assert sum(held) == pytest.approx(4 * 0.04, abs=0.015)
+
+
+def test_thresholds_settle_where_a_pass_costs_what_is_asked() -> None:
+    pruner = pruner_of(method="token")
+    after_stages(pruner, 2)
+    for factor in (0.95, 1.05):
+        search = pruner.raising().search
+        target = factor * search.start
+        pruner.handle.thresholds.update(search.settle(target, 0.002 * target))
+        assert pruner.raising().search.start == pytest.approx(target, rel=0.02)
+
+
+def test_thresholds_of_zero_stay_so() -> None:
+    pruner = pruner_of()
+    pruner.measure_dense()
+    assert not any(pruner.raising().search.settle(0.0, 0.0).values())
+
+
 # --- scores per FLOP ---------------------------------------------------------------------------
 
 
