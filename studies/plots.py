@@ -4,7 +4,7 @@ Colours are those of Okabe and Ito (2008), which readers with any colour vision 
 line style and markers say the same again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,6 +119,54 @@ def plot_settings(rows: Sequence["ResultRow"], target: Path, *, title: str) -> l
             label=name,
         )
     axes.legend(fontsize=9, frameon=False, loc="best")
+    return _write(figure, target)
+
+
+def plot_timelines(
+    runs: Mapping[str, Sequence[tuple[str, str, float]]], target: Path, *, title: str
+) -> list[Path]:
+    """Draws a bar a run: which mode every stage pruned, from the dense model to the last ratio.
+
+    A stage is as wide as the FLOPs that it removed, so the colours of a bar add up to each mode's
+    share. Stages that explored are hatched; one after which FLOPs rose leaves no mark.
+
+    Args:
+        runs: By label, mode, choice (``"sweep"``, ``"greedy"``, ``"explore"``) and the FLOPs ratio
+            after every stage, in order.
+        target: Where to write, without a suffix.
+        title: Above the plot.
+
+    Returns:
+        The PNG and the SVG.
+    """
+    figure = Figure(figsize=(8, 1.4 + 0.42 * len(runs)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=13, loc="left")
+    axes.set_xlabel("FLOPs removed (share of the dense model's multiply-adds, %)", fontsize=11)
+    modes = sorted({mode for stages in runs.values() for mode, _, _ in stages})
+    colours = {mode: PALETTE[index % len(PALETTE)] for index, mode in enumerate(modes)}
+    named: set[str] = set()
+    for row, stages in enumerate(runs.values()):
+        before = 0.0
+        for mode, choice, ratio in stages:
+            axes.barh(
+                row,
+                100 * max(ratio - before, 0.0),
+                left=100 * before,
+                height=0.72,
+                color=colours[mode],
+                edgecolor="white",
+                linewidth=0.8,
+                hatch="////" if choice == "explore" else None,
+                label=None if mode in named else mode.replace("_", " "),
+            )
+            named.add(mode)
+            before = ratio
+    axes.set_yticks(range(len(runs)), list(runs))
+    axes.invert_yaxis()
+    _polish(axes)
+    axes.grid(visible=False, axis="y")
+    figure.legend(fontsize=9, frameon=False, loc="outside lower center", ncols=5)
     return _write(figure, target)
 
 

@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pyarrow.parquet
 from studies.collection import POINTS, STAGES
 from studies.curves import removed_macs
 from studies.folder import write_atomically
-from studies.plots import plot_settings
+from studies.plots import plot_settings, plot_timelines
 from studies.reproduction import ResultRow, read_rows
 from studies.reproduction_across import rows_across
 
@@ -46,7 +47,11 @@ def write_results(data: Path, page: Path) -> list[Path]:
         tables[f"test {study}"] = test_table(own)
         tables[f"differences {study}"] = difference_table(own)
         written += plot_settings(own, data / study, title=f"{study}: mean of the seeds")
-    tables |= mode_tables(data)
+    timelines = read_timelines(data)
+    for study in dict.fromkeys(run.study for run in timelines):
+        runs = [run for run in timelines if run.study == study]
+        tables[f"modes {study}"] = mode_table(runs)
+        written += _timelines(runs, data)
     text = page.read_text(encoding="utf-8")
     found = [row.to_dict() for row in rows]
     for names in dict.fromkeys(_ACROSS.findall(text)):
@@ -124,31 +129,62 @@ def _pivot(rows: Sequence[ResultRow], cell: Any) -> str:
     return "\n".join(lines)
 
 
-def mode_tables(data: Path) -> dict[str, str]:
-    """Returns, for every study, how often CoMP pruned each mode and how much that removed."""
+@dataclass(frozen=True)
+class Timeline:
+    """What one run of CoMP pruned.
+
+    Attributes:
+        study: Name of the study.
+        seed: Seed of the run.
+        dense_macs: Multiply-adds of the dense model.
+        stages: Mode, choice and multiply-adds left after every stage, in order.
+    """
+
+    study: str
+    seed: int
+    dense_macs: float
+    stages: list[tuple[str, str, float]] = field(default_factory=list)
+
+
+def read_timelines(data: Path) -> list[Timeline]:
+    """Reads the stages of all runs of plain CoMP in a collection."""
     dense = {
         (point["study"], point["run_id"]): 1e9 * point["gmacs"]
         for point in pyarrow.parquet.read_table(data / POINTS).to_pylist()
         if point["method"] == "dense"
     }
-    runs: dict[tuple[str, str], list[tuple[str, float]]] = {}
+    found: dict[tuple[str, str], Timeline] = {}
     for stage in pyarrow.parquet.read_table(data / STAGES).to_pylist():
-        if stage["method"] == "comp":
-            stages = runs.setdefault((stage["study"], stage["run_id"]), [])
-            stages.append((stage["mode"], stage["macs"]))
-    visits: dict[str, Counter[str]] = {}
-    removed: dict[str, Counter[str]] = {}
-    for run, stages in runs.items():
-        visits.setdefault(run[0], Counter()).update(mode for mode, _ in stages)
-        shares = removed.setdefault(run[0], Counter())
-        for mode, macs in removed_macs(stages, dense[run]).items():
-            shares[mode] += macs / dense[run]
-    return {f"modes {study}": _mode_table(visits[study], removed[study]) for study in visits}
+        if stage["setting"] != "comp":
+            continue
+        key = stage["study"], stage["run_id"]
+        run = found.setdefault(key, Timeline(stage["study"], stage["seed"], dense[key]))
+        run.stages.append((stage["mode"], stage["choice"], stage["macs"]))
+    return sorted(found.values(), key=lambda run: (run.study, run.seed))
 
 
-def _mode_table(visits: Mapping[str, int], removed: Mapping[str, float]) -> str:
+def mode_table(runs: Sequence[Timeline]) -> str:
+    """Returns how often CoMP pruned each mode and how much that removed."""
+    visits: Counter[str] = Counter()
+    removed: dict[str, float] = {}
+    for run in runs:
+        visits.update(mode for mode, _, _ in run.stages)
+        stages = [(mode, macs) for mode, _, macs in run.stages]
+        for mode, macs in removed_macs(stages, run.dense_macs).items():
+            removed[mode] = removed.get(mode, 0.0) + macs / run.dense_macs
     total = sum(removed.values())
     lines = ["| mode | stages | share of the removed FLOPs |", "| --- | --- | --- |"]
     for mode in sorted(visits, key=lambda name: -removed[name]):
         lines.append(f"| {mode} | {visits[mode]} | {removed[mode] / total:.0%} |")
     return "\n".join(lines)
+
+
+def _timelines(runs: Sequence[Timeline], data: Path) -> list[Path]:
+    bars = {
+        f"seed {run.seed}": [
+            (mode, choice, 1 - macs / run.dense_macs) for mode, choice, macs in run.stages
+        ]
+        for run in runs
+    }
+    study = runs[0].study
+    return plot_timelines(bars, data / f"{study}-modes", title=f"{study}: what CoMP pruned")

@@ -47,8 +47,9 @@ def point(setting: str, seed: int, val: float, right: int, **own: Any) -> dict[s
 
 
 def stage(run_id: str, mode: str, macs: float) -> dict[str, Any]:
-    own = {"run_id": run_id, "mode": mode, "macs": macs}
-    return {"study": "main", "method": run_id.partition("-")[0]} | own
+    setting, _, seed = run_id.partition("-s")
+    own = {"run_id": run_id, "mode": mode, "macs": macs, "choice": "greedy", "seed": int(seed)}
+    return {"study": "main", "setting": setting} | own
 
 
 def write(directory: Path, points: Sequence[Any], stages: Sequence[Any] = ()) -> None:
@@ -126,7 +127,7 @@ def test_the_page_gets_its_tables_and_keeps_its_words(tmp_path: Path) -> None:
     (first, second) = json.loads((tmp_path / "results.json").read_text())
     assert (first["method"], second["diff_to_best_baseline"]) == ("sjp", 5.0)
     assert (tmp_path / "main.png").read_bytes()[1:4] == b"PNG"
-    assert tmp_path / "main.png" in written
+    assert {tmp_path / "main.png", tmp_path / "main-modes.png"} <= {*written}
     assert write_results(tmp_path, page)
     assert page.read_text() == text
 
