@@ -32,8 +32,9 @@ REMEDIES = {
 }
 """Searched keys by which a setting is no longer the paper's (docs/algorithm.md)."""
 
+PAIR = ("study", "setting", "seed")
+"""Columns that tell runs apart; run ids do not, where a study was run in pieces."""
 Pair = tuple[str, str, int]
-"""Study, setting and seed: what is one run on the page."""
 
 
 def collect(folders: Sequence[StudyFolder], target: Path, *, replace: bool = False) -> int:
@@ -82,6 +83,11 @@ def collect(folders: Sequence[StudyFolder], target: Path, *, replace: bool = Fal
     return len(points)
 
 
+def pair_of(row: Mapping[str, Any]) -> Pair:
+    """Returns which run a row is of: its study, setting and seed."""
+    return row["study"], row["setting"], row["seed"]
+
+
 def _joined(
     kept: Mapping[str, pa.Table], found: Mapping[str, pa.Table], target: Path
 ) -> dict[str, pa.Table]:
@@ -109,17 +115,13 @@ def _joined(
 def _by_pair(points: pa.Table) -> dict[Pair, list[dict[str, Any]]]:
     pairs: dict[Pair, list[dict[str, Any]]] = {}
     for point in points.drop_columns(["outcomes"]).to_pylist():
-        pairs.setdefault(_pair(point), []).append(point)
+        pairs.setdefault(pair_of(point), []).append(point)
     return pairs
 
 
-def _pair(row: Mapping[str, Any]) -> Pair:
-    return row["study"], row["setting"], row["seed"]
-
-
 def _without(table: pa.Table, pairs: set[Pair]) -> pa.Table:
-    rows = table.select(["study", "setting", "seed"]).to_pylist()
-    return table.filter(pa.array([_pair(row) not in pairs for row in rows], pa.bool_()))
+    rows = table.select([*PAIR]).to_pylist()
+    return table.filter(pa.array([pair_of(row) not in pairs for row in rows], pa.bool_()))
 
 
 def _with_setting(table: pa.Table, run: Run, spec: StudySpec) -> pa.Table:

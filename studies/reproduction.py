@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet
 
 from comp.results import unpack_outcomes
-from studies.collection import POINTS, STAGES
+from studies.collection import PAIR, POINTS, STAGES, pair_of
 from studies.curves import Spread, spread
 from studies.paired import Difference, paired_difference, sampled_difference
 
@@ -100,17 +100,14 @@ def read_rows(directory: Path) -> list[ResultRow]:
 def settings_by_ratio(directory: Path) -> dict[tuple[str, float], Settings]:
     """Reads a collection: by study and asked ratio, points with the stages of their run."""
     points = pyarrow.parquet.read_table(directory / POINTS).to_pylist()
-    stages = pyarrow.parquet.read_table(
-        directory / STAGES, columns=["study", "run_id"]
-    ).to_pylist()
-    num_stages = Counter((stage["study"], stage["run_id"]) for stage in stages)
+    stages = pyarrow.parquet.read_table(directory / STAGES, columns=[*PAIR]).to_pylist()
+    num_stages = Counter(pair_of(stage) for stage in stages)
     groups: dict[tuple[str, float], Settings] = {}
     for point in points:
         if point["method"] == "dense":
             continue
         at = groups.setdefault((point["study"], point["ratio_asked"]), {})
-        stages_of_run = num_stages[point["study"], point["run_id"]]
-        at.setdefault(point["setting"], []).append(point | {"stages": stages_of_run})
+        at.setdefault(point["setting"], []).append(point | {"stages": num_stages[pair_of(point)]})
     return groups
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow.parquet
 
-from studies.collection import POINTS, STAGES
+from studies.collection import POINTS, STAGES, Pair, pair_of
 from studies.curves import removed_macs
 from studies.folder import write_atomically
 from studies.plots import plot_settings, plot_timelines
@@ -149,15 +149,15 @@ class Timeline:
 def read_timelines(data: Path) -> list[Timeline]:
     """Reads the stages of all runs of plain CoMP in a collection."""
     dense = {
-        (point["study"], point["run_id"]): 1e9 * point["gmacs"]
+        pair_of(point): 1e9 * point["gmacs"]
         for point in pyarrow.parquet.read_table(data / POINTS).to_pylist()
         if point["method"] == "dense"
     }
-    found: dict[tuple[str, str], Timeline] = {}
+    found: dict[Pair, Timeline] = {}
     for stage in pyarrow.parquet.read_table(data / STAGES).to_pylist():
         if stage["setting"] != "comp":
             continue
-        key = stage["study"], stage["run_id"]
+        key = pair_of(stage)
         run = found.setdefault(key, Timeline(stage["study"], stage["seed"], dense[key]))
         run.stages.append((stage["mode"], stage["choice"], stage["macs"]))
     return sorted(found.values(), key=lambda run: (run.study, run.seed))

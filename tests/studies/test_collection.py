@@ -7,6 +7,7 @@ import pytest
 
 from studies.collection import POINTS, STAGES, collect
 from studies.folder import StudyFolder
+from studies.reproduction import read_rows
 from tests.studies.synthetic import make_spec
 from tests.studies.test_driver import run
 
@@ -31,6 +32,24 @@ def test_seeds_that_were_run_elsewhere_join_those_that_are_there(tmp_path: Path)
     assert pairs(data) == pairs(data, STAGES) == [("s", 0), ("s", 1), ("s", 2)]
     points = pyarrow.parquet.read_table(data / POINTS).to_pylist()
     assert len({(point["seed"], point["ratio_asked"]) for point in points}) == len(points)
+
+
+def test_settings_of_two_pieces_keep_their_stages_though_run_ids_are_equal(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    space = (
+        "space={distillation: {kind: categorical, choices: [0.0, 1.0]}, "
+        "recalibrate: {kind: categorical, choices: [false, true]}}"
+    )
+    for place, change in (("here", "distillation: 1.0"), ("there", "recalibrate: true")):
+        listed = ("sampler={kind: start}", space, f"enqueue=[{{{change}}}]", "n_trials=2")
+        collect([study(tmp_path / place, *listed)], data)
+    rows = read_rows(data)
+    assert {row.method for row in rows} == {
+        "comp",
+        "comp distillation=1.0",
+        "comp recalibrate=true",
+    }
+    assert len({row.stages for row in rows}) == 1
 
 
 def test_another_study_is_left_as_it_is(tmp_path: Path) -> None:

@@ -46,14 +46,13 @@ def point(setting: str, seed: int, val: float, right: int, **own: Any) -> dict[s
     return values | own
 
 
-def stage(run_id: str, mode: str, macs: float) -> dict[str, Any]:
-    setting, _, seed = run_id.partition("-s")
-    own = {"run_id": run_id, "mode": mode, "macs": macs, "choice": "greedy", "seed": int(seed)}
-    return {"study": "main", "setting": setting} | own
+def stage(setting: str, mode: str, macs: float) -> dict[str, Any]:
+    own = {"setting": setting, "seed": 0, "mode": mode, "choice": "greedy", "macs": macs}
+    return {"study": "main"} | own
 
 
 def write(directory: Path, points: Sequence[Any], stages: Sequence[Any] = ()) -> None:
-    tables = ((POINTS, points), (STAGES, stages or [stage("sjp-s0", "a", 1.0)]))
+    tables = ((POINTS, points), (STAGES, stages or [stage("sjp", "a", 1.0)]))
     for name, rows in tables:
         pyarrow.parquet.write_table(pa.Table.from_pylist(list(rows)), directory / name)
 
@@ -109,9 +108,9 @@ def test_a_metric_that_is_no_mean_is_ownared_by_seed(tmp_path: Path) -> None:
 
 def test_the_page_gets_its_tables_and_keeps_its_words(tmp_path: Path) -> None:
     points = [point("sjp", 0, 60.0, 50), point("comp", 0, 60.0, 55, ratio_reached=0.81)]
-    points.append(point("dense", 0, 70.0, 71, run_id="comp-s0", ratio_asked=0.0, gmacs=1e-9))
-    stages = [stage("comp-s0", "vision_tokens", 0.5), stage("comp-s0", "language_params", 0.25)]
-    stages.append(stage("sjp-s0", "vision_tokens+vision_params", 0.2))
+    points.append(point("comp", 0, 70.0, 71, method="dense", ratio_asked=0.0, gmacs=1e-9))
+    stages = [stage("comp", "vision_tokens", 0.5), stage("comp", "language_params", 0.25)]
+    stages.append(stage("sjp", "vision_tokens+vision_params", 0.2))
     write(tmp_path, points, stages)
     page = tmp_path / "results.md"
     places = ("test main", "differences main", "modes main")
@@ -141,8 +140,8 @@ def two_studies(directory: Path, terms: dict[str, Any] | None = None, **own: Any
     for study, setting, right in (("main", "sjp", 50), ("tokens", "token", 56)):
         changed, more = (terms or {}, own) if study == "tokens" else ({}, {})
         values = {"study": study, "terms": json.dumps(TERMS | changed), "params": 7}
-        dense = {"run_id": f"{setting}-s0", "ratio_asked": 0.0}
-        found.append(point("dense", 0, 70.0, 71, **values, **dense))
+        dense = {"method": "dense", "ratio_asked": 0.0}
+        found.append(point(setting, 0, 70.0, 71, **values, **dense))
         found.append(point(setting, 0, 60.0, right) | values | more)
     write(directory, found)
 
