@@ -57,8 +57,9 @@ def collect(
 def write(data: Path, page: Path, as_json: bool) -> None:
     """Write tables into a page, the same as JSON beside it, and the plots into DATA.
 
-    Places are "test STUDY", "differences STUDY" and "modes STUDY", and "across STUDY STUDY" for
-    the settings of several studies on equal terms; the rest of the page is kept.
+    Places are "test STUDY", "differences STUDY" and "modes STUDY"; "test across STUDY STUDY" and
+    "across STUDY STUDY" have the settings of several studies on equal terms and what they differ
+    by. The rest of the page is kept.
     """
     from studies.reproduction_page import write_results
 

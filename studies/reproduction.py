@@ -5,7 +5,7 @@ repository can make the tables again without running anything.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,14 +97,21 @@ def read_rows(directory: Path) -> list[ResultRow]:
     return [row for key in sorted(groups) for row in compare_settings(groups[key])]
 
 
-def settings_by_ratio(directory: Path) -> dict[tuple[str, float], Settings]:
-    """Reads a collection: by study and asked ratio, points with the stages of their run."""
+def settings_by_ratio(
+    directory: Path, seeds: Collection[int] | None = None
+) -> dict[tuple[str, float], Settings]:
+    """Reads a collection: by study and asked ratio, points with the stages of their run.
+
+    Args:
+        directory: What ``studies.collection.collect`` wrote.
+        seeds: The only seeds that count; ``None`` means all.
+    """
     points = pyarrow.parquet.read_table(directory / POINTS).to_pylist()
     stages = pyarrow.parquet.read_table(directory / STAGES, columns=[*PAIR]).to_pylist()
     num_stages = Counter(pair_of(stage) for stage in stages)
     groups: dict[tuple[str, float], Settings] = {}
     for point in points:
-        if point["method"] == "dense":
+        if point["method"] == "dense" or (seeds is not None and point["seed"] not in seeds):
             continue
         at = groups.setdefault((point["study"], point["ratio_asked"]), {})
         at.setdefault(point["setting"], []).append(point | {"stages": num_stages[pair_of(point)]})

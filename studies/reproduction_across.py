@@ -1,21 +1,23 @@
 """Settings of several studies in one table, if their terms are equal; else what is not.
 
 Terms are all that decides how well a setting can do besides the setting itself: the dense model,
-the data, the config keys that neither study searches, the size of a stage, and the seeds.
+the data, the config keys that neither study searches, and the size of a stage. Seeds that not all
+of the studies have are left out.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 
 from studies.collection import POINTS
 from studies.reproduction import ResultRow, Settings, compare_settings, settings_by_ratio
-from studies.terms import differing_seeds, differing_terms
+from studies.terms import differing_terms
 
 
 def rows_across(directory: Path, studies: Sequence[str]) -> list[ResultRow]:
-    """Compares all settings of some studies at the ratios that all of them have.
+    """Compares all settings of some studies at the ratios and seeds that all of them have.
 
     A setting that several studies have is told apart by the study's name.
 
@@ -24,7 +26,8 @@ def rows_across(directory: Path, studies: Sequence[str]) -> list[ResultRow]:
         studies: Names of the studies.
 
     Raises:
-        ValueError: If a study is not there, or terms differ; names every difference.
+        ValueError: If a study is not there, terms differ (names every difference), or no seed or
+            ratio is shared.
     """
     points = pyarrow.parquet.read_table(directory / POINTS).to_pylist()
     by_study = {name: [p for p in points if p["study"] == name] for name in studies}
@@ -33,9 +36,12 @@ def rows_across(directory: Path, studies: Sequence[str]) -> list[ResultRow]:
             raise ValueError(f"{directory} has no study {name!r}; collect it with the others")
     (first, base), *others = by_study.items()
     for name, own in others:
-        if wrong := [*differing_terms(base, own), *differing_seeds(base, own)]:
+        if wrong := differing_terms(base, own):
             raise ValueError(f"{first} and {name} differ in {'; '.join(wrong)}")
-    groups = settings_by_ratio(directory)
+    seeds = set.intersection(*(_seeds(own) for own in by_study.values()))
+    if not seeds:
+        raise ValueError(f"{' and '.join(studies)} share no seed")
+    groups = settings_by_ratio(directory, seeds)
     ratios = [{ratio for study, ratio in groups if study == name} for name in studies]
     shared = sorted(set.intersection(*ratios))
     if not shared:
@@ -45,6 +51,10 @@ def rows_across(directory: Path, studies: Sequence[str]) -> list[ResultRow]:
         joined = _joined({name: groups[name, ratio] for name in studies})
         found += compare_settings(joined)
     return found
+
+
+def _seeds(points: Sequence[Mapping[str, Any]]) -> set[int]:
+    return {point["seed"] for point in points if point["method"] != "dense"}
 
 
 def _joined(parts: Mapping[str, Settings]) -> Settings:

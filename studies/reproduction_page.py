@@ -21,7 +21,7 @@ from studies.plots import plot_settings, plot_timelines
 from studies.reproduction import ResultRow, read_rows
 from studies.reproduction_across import rows_across
 
-_ACROSS = re.compile(r"<!-- begin across ([\w.-]+(?: [\w.-]+)+) -->")
+_ACROSS = re.compile(r"<!-- begin (?:test )?across ([\w.-]+(?: [\w.-]+)+) -->")
 TOLERANCE = 0.005  # how far a ratio may lie from the asked one on equal terms
 
 
@@ -55,7 +55,8 @@ def write_results(data: Path, page: Path) -> list[Path]:
     text = page.read_text(encoding="utf-8")
     found = [row.to_dict() for row in rows]
     for names in dict.fromkeys(_ACROSS.findall(text)):
-        tables[f"across {names}"], joined = _across(data, names.split())
+        shared, joined = _across(data, names.split())
+        tables |= {f"{place} {names}": table for place, table in shared.items()}
         found += [{**row.to_dict(), "study": names} for row in joined]
     write_atomically(page, fill(text, tables))
     values = page.with_suffix(".json")
@@ -63,13 +64,13 @@ def write_results(data: Path, page: Path) -> list[Path]:
     return [page, values, *written]
 
 
-def _across(data: Path, studies: Sequence[str]) -> tuple[str, list[ResultRow]]:
-    """Returns a table of several studies with its rows, or why there is none."""
+def _across(data: Path, studies: Sequence[str]) -> tuple[dict[str, str], list[ResultRow]]:
+    """Returns tables of several studies by place with their rows, or why there are none."""
     try:
         rows = rows_across(data, studies)
     except ValueError as error:
-        return f"Not compared: {error}.", []
-    return difference_table(rows), rows
+        return dict.fromkeys(("across", "test across"), f"Not compared: {error}."), []
+    return {"across": difference_table(rows), "test across": test_table(rows)}, rows
 
 
 def fill(text: str, tables: Mapping[str, str]) -> str:

@@ -51,17 +51,6 @@ def differing_terms(
     return wrong
 
 
-def differing_seeds(
-    ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
-) -> list[str]:
-    """Returns the seeds of two sets of collected points if they are not the same, else nothing."""
-    one, two = (
-        sorted({point["seed"] for point in points if point["method"] != "dense"})
-        for points in (ours, theirs)
-    )
-    return [] if one == two else [f"seeds ({_listed(one)} and {_listed(two)})"]
-
-
 def _terms(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if any(not point.get("terms") for point in points):
         raise ValueError(
@@ -78,7 +67,3 @@ def _dense(points: Sequence[Mapping[str, Any]]) -> set[tuple[int, float]]:
 
 def _told(dense: Sequence[tuple[int, float]]) -> str:
     return ", ".join(f"{params} parameters, {test:.2f} on test" for params, test in dense)
-
-
-def _listed(values: Sequence[int]) -> str:
-    return ", ".join(map(str, values))

@@ -149,8 +149,10 @@ def two_studies(directory: Path, terms: dict[str, Any] | None = None, **own: Any
 def test_settings_of_two_studies_on_equal_terms_share_a_table(tmp_path: Path) -> None:
     two_studies(tmp_path)
     page = tmp_path / "results.md"
-    page.write_text("<!-- begin across main tokens --><!-- end across main tokens -->")
+    places = ("across main tokens", "test across main tokens")
+    page.write_text("".join(f"<!-- begin {place} --><!-- end {place} -->" for place in places))
     write_results(tmp_path, page)
+    assert "| `token` | 1 | 0.0 | 56.00 |" in page.read_text()
     assert "| `sjp` | 1 | 1.0 | baseline |" in page.read_text()
     assert "| `token` | 1 | 0.0 | " in page.read_text()
     values = json.loads((tmp_path / "results.json").read_text())
@@ -163,7 +165,7 @@ def test_settings_of_two_studies_on_equal_terms_share_a_table(tmp_path: Path) ->
     [
         ({"quantum": 0.06}, {}, r"main and tokens differ in quantum \(0.07 and 0.06\)$"),
         ({"searched": 1}, {}, None),
-        ({}, {"seed": 1}, r"differ in seeds \(0 and 1\)$"),
+        ({}, {"seed": 1}, "share no seed"),
         ({}, {"ratio_asked": 0.7}, "share no ratio"),
     ],
 )
@@ -176,6 +178,15 @@ def test_what_is_not_equal_is_said(
         return
     with pytest.raises(ValueError, match=sentence):
         rows_across(tmp_path, ["main", "tokens"])
+
+
+def test_seeds_that_one_of_two_studies_lacks_are_left_out(tmp_path: Path) -> None:
+    two_studies(tmp_path)
+    points = pyarrow.parquet.read_table(tmp_path / POINTS).to_pylist()
+    more = point("token", 1, 60.0, 90, study="tokens", terms=json.dumps(TERMS), params=7)
+    write(tmp_path, [*points, more])
+    found = {row.method: row for row in rows_across(tmp_path, ["main", "tokens"])}
+    assert (found["token"].seeds, found["token"].test.mean) == ((0,), 56.0)
 
 
 def test_studies_that_were_collected_without_terms_are_named(tmp_path: Path) -> None:
