@@ -43,6 +43,9 @@ class PruningConfig:
             ratio divided by ``num_stages``.
         last_quantum: The last stage's quantum as a share of the first one's, between which quanta
             shrink geometrically; ``num_stages`` of them make up the way all the same.
+        steps_by: Whether every stage trains for ``steps_per_stage`` steps (``"stage"``), or for as
+            large a share of them as it is to remove of a quantum (``"quantum"``), so that all ways
+            to a ratio train alike. The latter is not the paper's.
         recalibrate: Set all token thresholds again at the end of every stage, so that it removes
             what it was to remove. Not the paper's.
         quantum_cap: Largest share of a mode's own FLOPs that one stage may remove (kappa).
@@ -124,6 +127,7 @@ class PruningConfig:
     lookahead_steps: int = 10
     stage_quantum: float | None = None
     last_quantum: float = 1.0
+    steps_by: Literal["stage", "quantum"] = "stage"
     recalibrate: bool = False
     quantum_cap: float = 0.15
     min_quantum: float = 0.001

@@ -94,7 +94,7 @@ def _check_search(config: "PruningConfig") -> None:
             f"schedule 'sine' searches for one ratio, but ratios is {config.ratios}; "
             "start a run for each"
         )
-    for name, default in (("rank_by", "score"), ("last_quantum", 1.0)):
+    for name, default in (("rank_by", "score"), ("last_quantum", 1.0), ("steps_by", "stage")):
         if getattr(config, name) != default:
             raise ValueError(
                 f"{name} {getattr(config, name)!r} is for stages that take a quantum from a "
@@ -163,6 +163,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "init": ("sweep", "probe"),
     "rank_norm": ("kind", "layer"),
     "rank_by": ("score", "score_per_flop"),
+    "steps_by": ("stage", "quantum"),
     "mask_site": ("qkv", "context"),
     "merge": ("auto", "summary", "drop"),
     "val_metric": ("metric", "neg_loss"),

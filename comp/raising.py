@@ -75,6 +75,18 @@ def shrinking_quantum(reached: float, last_ratio: float, mean: float, last: floa
     return min(max(first - (1 - factor) * reached, last * first), first)
 
 
+def steps_of(config: PruningConfig, share: float) -> int:
+    """Returns for how many steps a stage trains.
+
+    Args:
+        config: Says what decides it (``steps_by``).
+        share: Share of the dense FLOPs that the stage is to remove.
+    """
+    if config.steps_by == "stage":
+        return config.steps_per_stage
+    return max(1, round(share / config.quantum * config.steps_per_stage))
+
+
 class Raising:
     """What the next stage may take of the current model; made anew for every stage.
 

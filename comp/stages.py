@@ -29,7 +29,7 @@ from comp.models import attach
 from comp.modes import PruningMode, Stream
 from comp.opening import Opening, open_stage
 from comp.parking import ParkedModel, bytes_of, give_back
-from comp.raising import Raise, Raising
+from comp.raising import Raise, Raising, steps_of
 from comp.results import CurvePoint, StageRecord
 from comp.schedules import make_strategy
 from comp.sharding import gather_, shard_
@@ -218,7 +218,8 @@ class StageLoop:
         """Raises a threshold and trains; returns what was done, the loss, and the seconds."""
         opening = open_stage(self, ratio)
         begin = time.perf_counter()
-        train_loss = self.take(opening.raised, self.config.steps_per_stage)
+        steps = steps_of(self.config, opening.raised.macs / self._dense_macs)
+        train_loss = self.take(opening.raised, steps)
         trained = time.perf_counter() - begin
         if self.config.shrink == "stage":
             gather_(self.handle, self.optimizer)

@@ -28,7 +28,7 @@ POINTS = "points.parquet"
 STAGES = "stages.parquet"
 REMEDIES = {
     *("rank_norm", "rank_by", "one_ranking", "refresh_after", "fade_exploration", "last_quantum"),
-    *("mask_site", "merge", "distillation", "min_heads", "recalibrate"),
+    *("mask_site", "merge", "distillation", "min_heads", "recalibrate", "steps_by"),
 }
 """Searched keys by which a setting is no longer the paper's (docs/algorithm.md)."""
 

@@ -11,12 +11,13 @@ import torch
 
 from comp.config import PruningConfig
 from comp.lookahead import trial_cost
-from comp.masks import rank_scores
+from comp.masks import UnitChoice, rank_scores
 from comp.models import attach
 from comp.opening import open_stage, trials_before, way_left
 from comp.pruner import Pruner
-from comp.raising import shrinking_quantum
+from comp.raising import shrinking_quantum, steps_of
 from comp.results import StageRecord
+from comp.stages import StageLoop
 from comp.strategy import MultiModeStrategy
 from tests.comp.test_distillation import CONFIG, dense_point
 from tests.tiny import FAMILIES, TinyTask
@@ -191,6 +192,32 @@ def test_thresholds_of_zero_stay_so() -> None:
     assert not any(pruner.raising().search.settle(0.0, 0.0).values())
 
 
+# --- training by what a stage removes ----------------------------------------------------------
+
+
+def test_steps_are_those_of_a_stage_or_in_proportion_to_its_share_of_a_quantum() -> None:
+    config = PruningConfig(steps_per_stage=20, stage_quantum=0.05)
+    assert [steps_of(config, share) for share in (0.0, 0.02, 0.05)] == [20, 20, 20]
+    config = dataclasses.replace(config, steps_by="quantum")
+    assert [steps_of(config, share) for share in (0.0, 0.02, 0.05, 0.06)] == [1, 8, 20, 24]
+
+
+def test_a_stage_of_a_small_mode_trains_for_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    def watched(loop: StageLoop, choice: UnitChoice, steps: int) -> float:
+        taken.append(steps)
+        return train(loop, choice, 1)
+
+    train = StageLoop.train
+    monkeypatch.setattr(StageLoop, "train", watched)
+    own = {"steps_per_stage": 200, "quantum_cap": 0.1, "exploration": 0.0}
+    for by in ("stage", "quantum"):
+        after_stages(pruner_of(steps_by=by, **own), 4)
+    assert taken[:4] == [200] * 4
+    assert min(taken[4:]) < 100 < max(taken[4:])
+
+
 # --- scores per FLOP ---------------------------------------------------------------------------
 
 
@@ -259,6 +286,8 @@ def test_one_mode_of_parameters_is_retired_as_a_whole() -> None:
         ({"method": "token", "rank_by": "score_per_flop"}, r"'token' prunes tokens alone"),
         ({"method": "upop_sine", "last_quantum": 0.5}, r"last_quantum 0.5 is for .* leave last_q"),
         ({"distill_stages": True}, r"distillation is 0; give it a weight"),
+        ({"method": "upop_sine", "steps_by": "quantum"}, r"steps_by 'quantum' is for stages"),
+        ({"steps_by": "flops"}, r"steps_by must be one of stage, quantum"),
         ({"refresh_after": 0}, r"refresh_after must be in"),
         ({"last_quantum": 0.0}, r"last_quantum must be in"),
         ({"distillation": -1.0}, r"distillation must be in"),
