@@ -5,12 +5,11 @@ already, if the terms are equal.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute
 import pyarrow.parquet
 
 from comp.config import PruningConfig
@@ -32,9 +31,10 @@ REMEDIES = {
 }
 """Searched keys by which a setting is no longer the paper's (docs/algorithm.md)."""
 
-PAIR = ("study", "setting", "seed")
+RUN_KEY = ("study", "setting", "seed")
 """Columns that tell runs apart; run ids do not, where a study was run in pieces."""
-Pair = tuple[str, str, int]
+RunKey = tuple[str, str, int]
+_Runs = dict[RunKey, list[dict[str, Any]]]
 
 
 def collect(folders: Sequence[StudyFolder], target: Path, *, replace: bool = False) -> int:
@@ -66,15 +66,7 @@ def collect(folders: Sequence[StudyFolder], target: Path, *, replace: bool = Fal
     found = {POINTS: pa.concat_tables(points), STAGES: pa.concat_tables(stages)}
     if (target / POINTS).is_file():
         kept = {name: pyarrow.parquet.read_table(target / name) for name in found}
-        if replace:
-            names = pa.array(found[POINTS]["study"].unique())
-            kept = {
-                name: table.filter(
-                    pyarrow.compute.invert(pyarrow.compute.is_in(table["study"], names))
-                )
-                for name, table in kept.items()
-            }
-        found = _joined(kept, found, target)
+        found = _joined(kept, found, target, replace=replace)
     target.mkdir(parents=True, exist_ok=True)
     for name, table in found.items():
         temporary = target / f".{name}"
@@ -83,45 +75,60 @@ def collect(folders: Sequence[StudyFolder], target: Path, *, replace: bool = Fal
     return len(points)
 
 
-def pair_of(row: Mapping[str, Any]) -> Pair:
+def read_collection(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Reads the points and the stages of all runs."""
+    points, stages = (pyarrow.parquet.read_table(directory / name) for name in (POINTS, STAGES))
+    return points.to_pylist(), stages.to_pylist()
+
+
+def key_of(row: Mapping[str, Any]) -> RunKey:
     """Returns which run a row is of: its study, setting and seed."""
     return row["study"], row["setting"], row["seed"]
 
 
 def _joined(
-    kept: Mapping[str, pa.Table], found: Mapping[str, pa.Table], target: Path
+    kept: Mapping[str, pa.Table], found: Mapping[str, pa.Table], target: Path, *, replace: bool
 ) -> dict[str, pa.Table]:
-    old, new = (_by_pair(tables[POINTS]) for tables in (kept, found))
-    for study in {pair[0] for pair in old} & {pair[0] for pair in new}:
-        there, here = (
-            [point for pair, own in side.items() if pair[0] == study for point in own]
-            for side in (old, new)
-        )
-        if wrong := differing_terms(there, here):
-            raise ValueError(
-                f"{target} has runs of {study!r} that differ from the new ones in "
-                f"{'; '.join(wrong)}; collect with --replace to drop them"
-            )
-    longer = {pair for pair in old.keys() & new.keys() if len(old[pair]) > len(new[pair])}
+    old, new = (_by_run(tables[POINTS]) for tables in (kept, found))
+    studies = {key[0] for key in old} & {key[0] for key in new}
+    if replace:
+        outdone, short = {key for key in old if key[0] in studies}, set()
+    else:
+        for study in studies:
+            _check_terms(study, old, new, target)
+        short = {key for key in old.keys() & new.keys() if len(old[key]) > len(new[key])}
+        outdone = new.keys() - short
     return {
         name: pa.concat_tables(
-            [_without(kept[name], new.keys() - longer), _without(found[name], longer)],
+            [_without(kept[name], outdone), _without(found[name], short)],
             promote_options="default",
         )
         for name in found
     }
 
 
-def _by_pair(points: pa.Table) -> dict[Pair, list[dict[str, Any]]]:
-    pairs: dict[Pair, list[dict[str, Any]]] = {}
+def _check_terms(study: str, old: _Runs, new: _Runs, target: Path) -> None:
+    there, here = (
+        [point for key, own in runs.items() if key[0] == study for point in own]
+        for runs in (old, new)
+    )
+    if wrong := differing_terms(there, here):
+        raise ValueError(
+            f"{target} has runs of {study!r} that differ from the new ones in "
+            f"{'; '.join(wrong)}; collect with --replace to drop them"
+        )
+
+
+def _by_run(points: pa.Table) -> _Runs:
+    runs: _Runs = {}
     for point in points.drop_columns(["outcomes"]).to_pylist():
-        pairs.setdefault(pair_of(point), []).append(point)
-    return pairs
+        runs.setdefault(key_of(point), []).append(point)
+    return runs
 
 
-def _without(table: pa.Table, pairs: set[Pair]) -> pa.Table:
-    rows = table.select([*PAIR]).to_pylist()
-    return table.filter(pa.array([pair_of(row) not in pairs for row in rows], pa.bool_()))
+def _without(table: pa.Table, runs: Collection[RunKey]) -> pa.Table:
+    rows = table.select([*RUN_KEY]).to_pylist()
+    return table.filter(pa.array([key_of(row) not in runs for row in rows], pa.bool_()))
 
 
 def _with_setting(table: pa.Table, run: Run, spec: StudySpec) -> pa.Table:

@@ -26,6 +26,7 @@ BLACK = "#000000"
 BLUE = "#0072B2"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+REMOVED = "FLOPs removed (share of the dense model's multiply-adds, %)"
 MAX_NAMED = 12  # runs in a legend
 LABELS = {"val": "Validation", "test": "Test"}
 
@@ -142,7 +143,7 @@ def plot_timelines(
     figure = Figure(figsize=(8, 1.4 + 0.42 * len(runs)), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=13, loc="left")
-    axes.set_xlabel("FLOPs removed (share of the dense model's multiply-adds, %)", fontsize=11)
+    axes.set_xlabel(REMOVED, fontsize=11)
     modes = sorted({mode for stages in runs.values() for mode, _, _ in stages})
     colours = {mode: PALETTE[index % len(PALETTE)] for index, mode in enumerate(modes)}
     named: set[str] = set()
@@ -237,7 +238,7 @@ def _over_ratios(title: str, height: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=13, loc="left")
-    axes.set_xlabel("FLOPs removed (share of the dense model's multiply-adds, %)", fontsize=11)
+    axes.set_xlabel(REMOVED, fontsize=11)
     axes.set_ylabel(f"{height} (points of 100)", fontsize=11)
     _polish(axes)
     return figure, axes

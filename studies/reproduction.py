@@ -5,16 +5,15 @@ repository can make the tables again without running anything.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet
 
 from comp.results import unpack_outcomes
-from studies.collection import PAIR, POINTS, STAGES, pair_of
+from studies.collection import key_of, read_collection
 from studies.curves import Spread, spread
 from studies.paired import Difference, paired_difference, sampled_difference
 
@@ -93,28 +92,27 @@ def _rounded(value: float | None) -> float | None:
 
 def read_rows(directory: Path) -> list[ResultRow]:
     """Reads a collection and compares: rows by study, ratio and setting."""
-    groups = settings_by_ratio(directory)
+    groups = settings_by_ratio(*read_collection(directory))
     return [row for key in sorted(groups) for row in compare_settings(groups[key])]
 
 
 def settings_by_ratio(
-    directory: Path, seeds: Collection[int] | None = None
+    points: Iterable[Mapping[str, Any]], stages: Iterable[Mapping[str, Any]]
 ) -> dict[tuple[str, float], Settings]:
-    """Reads a collection: by study and asked ratio, points with the stages of their run.
+    """Sorts points by study and asked ratio, each with the number of stages of its run.
 
     Args:
-        directory: What ``studies.collection.collect`` wrote.
-        seeds: The only seeds that count; ``None`` means all.
+        points: Points of a collection; dense ones are passed over.
+        stages: All stages of these runs.
     """
-    points = pyarrow.parquet.read_table(directory / POINTS).to_pylist()
-    stages = pyarrow.parquet.read_table(directory / STAGES, columns=[*PAIR]).to_pylist()
-    num_stages = Counter(pair_of(stage) for stage in stages)
+    num_stages = Counter(key_of(stage) for stage in stages)
     groups: dict[tuple[str, float], Settings] = {}
     for point in points:
-        if point["method"] == "dense" or (seeds is not None and point["seed"] not in seeds):
+        if point["method"] == "dense":
             continue
         at = groups.setdefault((point["study"], point["ratio_asked"]), {})
-        at.setdefault(point["setting"], []).append(point | {"stages": num_stages[pair_of(point)]})
+        own = {**point, "stages": num_stages[key_of(point)]}
+        at.setdefault(point["setting"], []).append(own)
     return groups
 
 

@@ -9,9 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
-
-from studies.collection import POINTS
+from studies.collection import read_collection
 from studies.reproduction import ResultRow, Settings, compare_settings, settings_by_ratio
 from studies.terms import differing_terms
 
@@ -29,7 +27,7 @@ def rows_across(directory: Path, studies: Sequence[str]) -> list[ResultRow]:
         ValueError: If a study is not there, terms differ (names every difference), or no seed or
             ratio is shared.
     """
-    points = pyarrow.parquet.read_table(directory / POINTS).to_pylist()
+    points, stages = read_collection(directory)
     by_study = {name: [p for p in points if p["study"] == name] for name in studies}
     for name, own in by_study.items():
         if not own:
@@ -41,7 +39,7 @@ def rows_across(directory: Path, studies: Sequence[str]) -> list[ResultRow]:
     seeds = set.intersection(*(_seeds(own) for own in by_study.values()))
     if not seeds:
         raise ValueError(f"{' and '.join(studies)} share no seed")
-    groups = settings_by_ratio(directory, seeds)
+    groups = settings_by_ratio((p for p in points if p["seed"] in seeds), stages)
     ratios = [{ratio for study, ratio in groups if study == name} for name in studies]
     shared = sorted(set.intersection(*ratios))
     if not shared:

@@ -7,14 +7,11 @@ The text of the page is a person's; this module fills what stands between
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
-
-from studies.collection import POINTS, STAGES, Pair, pair_of
+from studies.collection import read_collection
 from studies.curves import removed_macs
 from studies.folder import write_atomically
 from studies.plots import plot_settings, plot_timelines
@@ -22,6 +19,8 @@ from studies.reproduction import ResultRow, read_rows
 from studies.reproduction_across import rows_across
 
 _ACROSS = re.compile(r"<!-- begin (?:test )?across ([\w.-]+(?: [\w.-]+)+) -->")
+Step = tuple[str, str, float]
+"""Mode and choice of a stage, and the FLOPs ratio after it."""
 TOLERANCE = 0.005  # how far a ratio may lie from the asked one on equal terms
 
 
@@ -47,11 +46,11 @@ def write_results(data: Path, page: Path) -> list[Path]:
         tables[f"test {study}"] = test_table(own)
         tables[f"differences {study}"] = difference_table(own)
         written += plot_settings(own, data / study, title=f"{study}: mean of the seeds")
-    timelines = read_timelines(data)
-    for study in dict.fromkeys(run.study for run in timelines):
-        runs = [run for run in timelines if run.study == study]
-        tables[f"modes {study}"] = mode_table(runs)
-        written += _timelines(runs, data)
+    for study, runs in read_timelines(data).items():
+        tables[f"modes {study}"] = mode_table(runs.values())
+        written += plot_timelines(
+            runs, data / f"{study}-modes", title=f"{study}: what CoMP pruned"
+        )
     text = page.read_text(encoding="utf-8")
     found = [row.to_dict() for row in rows]
     for names in dict.fromkeys(_ACROSS.findall(text)):
@@ -130,62 +129,28 @@ def _pivot(rows: Sequence[ResultRow], cell: Any) -> str:
     return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Timeline:
-    """What one run of CoMP pruned.
-
-    Attributes:
-        study: Name of the study.
-        seed: Seed of the run.
-        dense_macs: Multiply-adds of the dense model.
-        stages: Mode, choice and multiply-adds left after every stage, in order.
-    """
-
-    study: str
-    seed: int
-    dense_macs: float
-    stages: list[tuple[str, str, float]] = field(default_factory=list)
+def read_timelines(data: Path) -> dict[str, dict[str, list[Step]]]:
+    """Reads the stages of all runs of plain CoMP in a collection, by study and seed."""
+    _, stages = read_collection(data)
+    found: dict[str, dict[str, list[Step]]] = {}
+    for stage in sorted(stages, key=lambda row: (row["study"], row["seed"])):
+        if stage["setting"] == "comp":
+            runs = found.setdefault(stage["study"], {})
+            step = stage["mode"], stage["choice"], stage["ratio"]
+            runs.setdefault(f"seed {stage['seed']}", []).append(step)
+    return found
 
 
-def read_timelines(data: Path) -> list[Timeline]:
-    """Reads the stages of all runs of plain CoMP in a collection."""
-    dense = {
-        pair_of(point): 1e9 * point["gmacs"]
-        for point in pyarrow.parquet.read_table(data / POINTS).to_pylist()
-        if point["method"] == "dense"
-    }
-    found: dict[Pair, Timeline] = {}
-    for stage in pyarrow.parquet.read_table(data / STAGES).to_pylist():
-        if stage["setting"] != "comp":
-            continue
-        key = pair_of(stage)
-        run = found.setdefault(key, Timeline(stage["study"], stage["seed"], dense[key]))
-        run.stages.append((stage["mode"], stage["choice"], stage["macs"]))
-    return sorted(found.values(), key=lambda run: (run.study, run.seed))
-
-
-def mode_table(runs: Sequence[Timeline]) -> str:
+def mode_table(runs: Iterable[Sequence[Step]]) -> str:
     """Returns how often CoMP pruned each mode and how much that removed."""
     visits: Counter[str] = Counter()
     removed: dict[str, float] = {}
-    for run in runs:
-        visits.update(mode for mode, _, _ in run.stages)
-        stages = [(mode, macs) for mode, _, macs in run.stages]
-        for mode, macs in removed_macs(stages, run.dense_macs).items():
-            removed[mode] = removed.get(mode, 0.0) + macs / run.dense_macs
+    for stages in runs:
+        visits.update(mode for mode, _, _ in stages)
+        for mode, share in removed_macs(((m, 1 - ratio) for m, _, ratio in stages), 1.0).items():
+            removed[mode] = removed.get(mode, 0.0) + share
     total = sum(removed.values())
     lines = ["| mode | stages | share of the removed FLOPs |", "| --- | --- | --- |"]
     for mode in sorted(visits, key=lambda name: -removed[name]):
         lines.append(f"| {mode} | {visits[mode]} | {removed[mode] / total:.0%} |")
     return "\n".join(lines)
-
-
-def _timelines(runs: Sequence[Timeline], data: Path) -> list[Path]:
-    bars = {
-        f"seed {run.seed}": [
-            (mode, choice, 1 - macs / run.dense_macs) for mode, choice, macs in run.stages
-        ]
-        for run in runs
-    }
-    study = runs[0].study
-    return plot_timelines(bars, data / f"{study}-modes", title=f"{study}: what CoMP pruned")

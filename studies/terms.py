@@ -45,8 +45,9 @@ def differing_terms(
         if mine[key] != other[key]:
             wrong.append(f"{key} ({mine[key]} and {other[key]})")
     one, two = (sorted(_dense(points)) for points in (ours, theirs))
-    params, tests = zip(*one, *two, strict=True) if one + two else ((), (0.0,))
-    if len(set(params)) > 1 or max(tests) - min(tests) > DENSE_TOLERANCE:
+    params, tests = ([dense[i] for dense in one + two] for i in (0, 1))
+    apart = max(tests, default=0.0) - min(tests, default=0.0)
+    if len(set(params)) > 1 or apart > DENSE_TOLERANCE:
         wrong.append(f"dense model ({_told(one)} and {_told(two)})")
     return wrong
 

@@ -47,7 +47,7 @@ def point(setting: str, seed: int, val: float, right: int, **own: Any) -> dict[s
 
 
 def stage(setting: str, mode: str, macs: float) -> dict[str, Any]:
-    own = {"setting": setting, "seed": 0, "mode": mode, "choice": "greedy", "macs": macs}
+    own = {"setting": setting, "seed": 0, "mode": mode, "choice": "greedy", "ratio": 1 - macs}
     return {"study": "main"} | own
 
 
