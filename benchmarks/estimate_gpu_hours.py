@@ -21,7 +21,7 @@ from comp.config import PruningConfig
 from studies.spec import StudySpec
 from studies.specfile import read_specs
 
-EXPERIMENTS = ("paper-main", "paper-cim", "paper-mps")
+EXPERIMENTS = ("paper-main", "paper-cim", "paper-mps", "paper-sensitivity")
 FORWARD_AND_BACKWARD = 3
 FLOPS_PER_MAC = 2
 WORDS = 20

@@ -35,19 +35,12 @@ class PruningConfig:
             ``"probe"`` before the first stage, which tries each mode on a copy without training.
         refresh_after: Stages after which the cost of a mode that did not run is measured again, by
             a trial on a copy without training; ``None`` never does. Not the paper's.
-        fade_exploration: Multiply the probability of exploring by the share of the way to the
-            largest ratio that is left. Not the paper's.
         lookahead_steps: Training steps of every trial of the ``lookahead`` schedule, which is not
             the paper's: it tries all live modes from one snapshot and keeps the cheapest.
         stage_quantum: Share of the dense FLOPs that a stage removes; ``None`` means the largest
             ratio divided by ``num_stages``.
         last_quantum: The last stage's quantum as a share of the first one's, between which quanta
             shrink geometrically; ``num_stages`` of them make up the way all the same.
-        steps_by: Whether every stage trains for ``steps_per_stage`` steps (``"stage"``), or for as
-            large a share of them as it is to remove of a quantum (``"quantum"``), so that all ways
-            to a ratio train alike. The latter is not the paper's.
-        recalibrate: Set all token thresholds again at the end of every stage, so that it removes
-            what it was to remove. Not the paper's.
         quantum_cap: Largest share of a mode's own FLOPs that one stage may remove (kappa).
         min_quantum: Share of the dense FLOPs below which a raise counts as exhausted (eps_F).
         tolerance: Accepted overshoot above the FLOPs target, as a share of the dense FLOPs.
@@ -62,8 +55,12 @@ class PruningConfig:
         causal_mean: Overrides the method's switch.
         head_reduce: Overrides the method's switch.
         unit: Overrides the method's switch.
-        rank_norm: ``"kind"`` standardises scores over all layers; ``"layer"`` divides them by
-            their layer's mean before.
+        rank_norm: Overrides the method's switch.
+        cost_against: Overrides the method's switch.
+        recalibrate: Overrides the method's switch.
+        steps_by: Overrides the method's switch.
+        history_by: Overrides the method's switch.
+        fade_exploration: Overrides the method's switch.
         rank_by: Rank units by their score, or by their score divided by the FLOPs that go with
             them (``comp.masks.rank_scores``).
         one_ranking: Where the schedule chooses a mode, let parameters of all modalities be one,
@@ -122,13 +119,10 @@ class PruningConfig:
     history: float = 0.4
     horizon: int = 5
     refresh_after: int | None = None
-    fade_exploration: bool = False
     init: Literal["sweep", "probe"] = "sweep"
     lookahead_steps: int = 10
     stage_quantum: float | None = None
     last_quantum: float = 1.0
-    steps_by: Literal["stage", "quantum"] = "stage"
-    recalibrate: bool = False
     quantum_cap: float = 0.15
     min_quantum: float = 0.001
     tolerance: float = 0.0025
@@ -143,7 +137,12 @@ class PruningConfig:
     causal_mean: bool | None = None
     head_reduce: Literal["max", "mean"] | None = None
     unit: Literal["head", "head_dim"] | None = None
-    rank_norm: Literal["kind", "layer"] = "kind"
+    rank_norm: Literal["kind", "layer"] | None = None
+    cost_against: Literal["before", "control"] | None = None
+    recalibrate: bool | None = None
+    steps_by: Literal["stage", "quantum"] | None = None
+    history_by: Literal["stage", "quantum"] | None = None
+    fade_exploration: bool | None = None
     rank_by: Literal["score", "score_per_flop"] = "score"
     one_ranking: bool = False
     regrow: bool = False

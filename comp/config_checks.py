@@ -95,9 +95,9 @@ def _check_search(config: "PruningConfig") -> None:
             "start a run for each"
         )
     for name, default in (("rank_by", "score"), ("last_quantum", 1.0), ("steps_by", "stage")):
-        if getattr(config, name) != default:
+        if (value := getattr(config, name)) not in (None, default):
             raise ValueError(
-                f"{name} {getattr(config, name)!r} is for stages that take a quantum from a "
+                f"{name} {value!r} is for stages that take a quantum from a "
                 f"ranking, but schedule 'sine' selects by a curve of its own; leave {name} out"
             )
 
@@ -124,6 +124,16 @@ def _check_costs(config: "PruningConfig") -> None:
     if config.one_ranking and schedule not in (*CHOOSING, "lookahead"):
         raise ValueError(
             f"one_ranking is for the schedules that choose a mode, {has}; leave it out"
+        )
+    if config.switches.cost_against != "before" and schedule not in (*CHOOSING, "lookahead"):
+        raise ValueError(
+            f"cost_against {config.switches.cost_against!r} is for the schedules that choose a "
+            f"mode by its cost, {has}; use 'before'"
+        )
+    if config.history_by not in (None, "stage") and schedule not in CHOOSING:
+        raise ValueError(
+            f"history_by {config.history_by!r} is for the costs of the schedules mps, cas and "
+            f"cas_re, {has}; leave it out"
         )
     if config.rank_by != "score" and not config.switches.parameters:
         raise ValueError(
@@ -161,12 +171,14 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "head_reduce": (None, "max", "mean"),
     "unit": (None, "head", "head_dim"),
     "init": ("sweep", "probe"),
-    "rank_norm": ("kind", "layer"),
+    "rank_norm": (None, "kind", "layer"),
     "rank_by": ("score", "score_per_flop"),
-    "steps_by": ("stage", "quantum"),
+    "history_by": (None, "stage", "quantum"),
+    "steps_by": (None, "stage", "quantum"),
     "mask_site": ("qkv", "context"),
     "merge": ("auto", "summary", "drop"),
     "val_metric": ("metric", "neg_loss"),
+    "cost_against": (None, "before", "control"),
     "cost": ("macs", "params", "latency"),
     "shrink": ("stage", "end"),
     "version": (1,),
@@ -180,7 +192,7 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("history", 0.0, 1.0),
     ("horizon", 1, 10_000),
     ("refresh_after", 1, 10_000),
-    ("lookahead_steps", 1, 1_000_000),
+    ("lookahead_steps", 0, 1_000_000),
     ("stage_quantum", 1e-6, 1.0),
     ("last_quantum", 0.01, 1.0),
     ("quantum_cap", 1e-6, 1.0),

@@ -68,7 +68,7 @@ class FixedStrategy:
         if any(self._groups[self._position + 1 :]):
             self._position += 1
 
-    def record(self, mode: str, cost: float) -> None:
+    def record(self, mode: str, cost: float, share: float = 1.0) -> None:
         """Closes the stage; the cost changes nothing."""
 
     def exhaust(self, mode: str) -> None:

@@ -53,7 +53,7 @@ def trial_cost(loop: "StageLoop", mode: str, gap: float, steps: int) -> float | 
         Accuracy lost per share of dense FLOPs removed, or ``None`` if the mode has nothing
         to give.
     """
-    trial = _fork(loop)
+    trial = fork(loop)
     raised = trial.raising().pick(modes_in(mode), gap, coarse=True)
     if raised is None:
         return None
@@ -63,16 +63,18 @@ def trial_cost(loop: "StageLoop", mode: str, gap: float, steps: int) -> float | 
 
 def trial_costs(loop: "StageLoop", plan: TrialPlan) -> dict[str, float]:
     """Tries all modes of a plan; one that has nothing to give is left out."""
+    if loop.config.switches.cost_against == "control" and plan.steps:
+        loop.control(plan.steps)  # once for all
     tried = {m: trial_cost(loop, m, plan.gap, plan.steps) for m in plan.modes}
     return {mode: cost for mode, cost in tried.items() if cost is not None}
 
 
-def _fork(loop: "StageLoop") -> "StageLoop":
+def fork(loop: "StageLoop") -> "StageLoop":
     """Returns an independent copy; task, yardstick, config, teacher and who tries are shared."""
     shared = (loop.task, loop.yardstick, loop.config, loop.trials, loop.teacher)
-    fork = copy.deepcopy(loop, {id(value): value for value in shared})
-    shard_(fork.handle, fork.optimizer)
-    return fork
+    twin = copy.deepcopy(loop, {id(value): value for value in shared})
+    shard_(twin.handle, twin.optimizer)
+    return twin
 
 
 class LookaheadStrategy:
@@ -129,7 +131,7 @@ class LookaheadStrategy:
         self._open = None
         self.stage -= 1
 
-    def record(self, mode: str, cost: float) -> None:
+    def record(self, mode: str, cost: float, share: float = 1.0) -> None:
         """Closes the stage; the next one is decided by new trials."""
         self._open = None
 

@@ -33,6 +33,21 @@ class Method:
         unit: What a unit of an attention is: a ``"head"``, or ``"head_dim"``, one dimension of
             all heads of a module (UPop's). Eq. 7 then changes nothing; models with rotary
             positions or shared keys cannot have it, nor can ``mask_site="context"``.
+        rank_norm: How scores are made comparable between layers: by standardising over all layers
+            of a ``"kind"``, or by dividing by their ``"layer"``'s mean before.
+        cost_against: What the loss after a stage is compared with for its mode's cost: that
+            ``"before"`` the stage (Eq. 8), or that of a ``"control"``, a copy that trained on the
+            same batches without the stage's step, so that training counts for nothing.
+        recalibrate: Set all token thresholds again at the end of every stage, so that it removes
+            what it was to remove.
+        steps_by: Whether every stage trains for ``steps_per_stage`` steps (``"stage"``), or for as
+            large a share of them as it is to remove of a quantum (``"quantum"``), so that all ways
+            to a ratio train alike.
+        history_by: Whether the cost of a stage that a target cuts short counts in Eq. 10 as any
+            other's (``"stage"``), or for the share of the step that was left of it
+            (``"quantum"``): a cost is the noisier the less was removed.
+        fade_exploration: Multiply the probability of exploring by the share of the way to the
+            largest ratio that is left.
     """
 
     cip: bool
@@ -46,10 +61,26 @@ class Method:
     causal_mean: bool = False
     head_reduce: Literal["max", "mean"] = "max"
     unit: Literal["head", "head_dim"] = "head"
+    rank_norm: Literal["kind", "layer"] = "kind"
+    cost_against: Literal["before", "control"] = "before"
+    recalibrate: bool = False
+    steps_by: Literal["stage", "quantum"] = "stage"
+    history_by: Literal["stage", "quantum"] = "stage"
+    fade_exploration: bool = False
 
 
 METHODS: dict[str, Method] = {
     "comp": Method(cip=True, cit=True, schedule="mps"),
+    "comp_plus": Method(
+        cip=True,
+        cit=True,
+        schedule="mps",
+        rank_norm="layer",
+        cost_against="control",
+        recalibrate=True,
+        history_by="quantum",
+        fade_exploration=True,
+    ),
     "cim": Method(cip=True, cit=True, schedule="joint"),
     "cas": Method(cip=True, cit=True, schedule="cas"),
     "cas_re": Method(cip=True, cit=True, schedule="cas_re"),
@@ -84,6 +115,12 @@ SWITCHES = (
     "causal_mean",
     "head_reduce",
     "unit",
+    "rank_norm",
+    "cost_against",
+    "recalibrate",
+    "steps_by",
+    "history_by",
+    "fade_exploration",
 )
 """The switches that a config may put over its method's."""
 

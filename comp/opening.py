@@ -40,7 +40,7 @@ def open_stage(loop: "StageLoop", ratio: float) -> Opening:
         BudgetUnreachable: If no mode has anything left to give.
     """
     strategy = loop.strategy
-    if isinstance(strategy, MultiModeStrategy) and loop.config.fade_exploration:
+    if isinstance(strategy, MultiModeStrategy) and loop.config.switches.fade_exploration:
         strategy.exploration_left = way_left(loop.ratio, loop.config.ratios[-1])
     refreshed = _hold_trials(loop, ratio)
     raising, gap = loop.raising(), loop.gap(ratio)

@@ -41,12 +41,14 @@ class Raise:
         thresholds: The new token thresholds.
         threshold: The highest of these, or the standard score of the last chosen unit.
         macs: Mean multiply-adds that are expected to go.
+        share: What share that is of a stage that no target cuts short, in [0, 1].
     """
 
     choice: UnitChoice
     thresholds: dict[Stream, float]
     threshold: float
     macs: float
+    share: float = 1.0
 
 
 def shrinking_quantum(reached: float, last_ratio: float, mean: float, last: float) -> float:
@@ -82,7 +84,7 @@ def steps_of(config: PruningConfig, share: float) -> int:
         config: Says what decides it (``steps_by``).
         share: Share of the dense FLOPs that the stage is to remove.
     """
-    if config.steps_by == "stage":
+    if config.switches.steps_by == "stage":
         return config.steps_per_stage
     return max(1, round(share / config.quantum * config.steps_per_stage))
 
@@ -136,11 +138,11 @@ class Raising:
             What to do, or ``None`` if the modes cannot give what the stage needs.
         """
         own = sum(self._cost.mode_macs(self._handle.groups.values(), mode) for mode in modes)
-        quantum = min(
+        whole = min(
             self._share_of_stage() * self._dense_macs,
-            gap,
             max(self._config.quantum_cap * own, 1.5 * self.smallest),
         )
+        quantum = min(whole, gap)
         tokens = [mode for mode in modes if mode.is_tokens]
         parameters = [mode for mode in modes if not mode.is_tokens]
         share = quantum / 2 if tokens and parameters else quantum
@@ -159,7 +161,7 @@ class Raising:
         if not coarse and last and macs > gap + 2 * self._config.tolerance * self._dense_macs:
             return None
         threshold = max(thresholds.values()) if thresholds else choice.threshold
-        return Raise(choice, thresholds, threshold, macs)
+        return Raise(choice, thresholds, threshold, macs, min(macs / whole, 1.0) if last else 1.0)
 
     def _share_of_stage(self) -> float:
         """Share of the dense FLOPs that a stage is to remove from here on (dF)."""
@@ -249,7 +251,7 @@ class Raising:
             groups,
             scores,
             self._handle.masks,
-            by_layer=self._config.rank_norm == "layer",
+            by_layer=self._config.switches.rank_norm == "layer",
             prices=cost.unit_macs if self._config.rank_by == "score_per_flop" else None,
         )
 

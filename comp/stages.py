@@ -23,15 +23,15 @@ from comp.evaluation import resolve_device
 from comp.finetune import make_optimizer, train_step
 from comp.fixed_strategy import FixedStrategy
 from comp.handle import PruningHandle
-from comp.lookahead import Trials, trial_costs
+from comp.lookahead import Trials, fork, trial_costs
 from comp.masks import UnitChoice, bring_back_, fade_, mask_value
 from comp.models import attach
-from comp.modes import PruningMode, Stream
+from comp.modes import Stream
 from comp.opening import Opening, open_stage
 from comp.parking import ParkedModel, bytes_of, give_back
 from comp.raising import Raise, Raising, steps_of
 from comp.results import CurvePoint, StageRecord
-from comp.schedules import make_strategy
+from comp.schedules import make_strategy, modes_of_run
 from comp.sharding import gather_, shard_
 from comp.shrink import migrate_optimizer_, num_parameters, shrink_
 from comp.tasks.base import Evaluation, PreparingTask, Task
@@ -103,7 +103,7 @@ class StageLoop:
         self.handle.recompute = config.gradient_checkpointing
         self.handle.drop_path = config.drop_path
         self.handle.static_tokens = None  # thresholds decide again, so that stages can raise them
-        self.modes = self._allowed_modes()
+        self.modes = modes_of_run(config, self.handle.structure.modes(), type(model).__name__)
         self.strategy = make_strategy(config, self.modes)
         self.search: UpopSearch | None = None
         if config.switches.schedule == "sine":
@@ -123,6 +123,7 @@ class StageLoop:
         self._value = 0.0
         self._resource = self._dense_resource = 0.0
         self._cost: Measurement | None = None
+        self._controls: dict[int, float] = {}
 
     def _make_teacher(self) -> Teacher:
         return Teacher(self.yardstick.dense_here(), self.task, self.config)
@@ -138,28 +139,6 @@ class StageLoop:
             yield teacher
         finally:
             teacher.dismiss()
-
-    def _allowed_modes(self) -> list[PruningMode]:
-        have = self.handle.structure.modes()
-        for name in self.config.modes or ():
-            if name not in have:
-                raise ValueError(
-                    f"modes names {name!r}, which {type(self.model).__name__} does not have; "
-                    f"it has {', '.join(have)}"
-                )
-        switches = self.config.switches
-        wanted = [
-            mode
-            for mode in have
-            if (switches.tokens if mode.is_tokens else switches.parameters)
-            and (self.config.modes is None or mode.value in self.config.modes)
-        ]
-        if not wanted:
-            raise ValueError(
-                f"modes leaves nothing that method {self.config.method!r} prunes; "
-                f"the model has {', '.join(have)}"
-            )
-        return wanted
 
     @property
     def stages(self) -> list[StageRecord]:
@@ -257,7 +236,8 @@ class StageLoop:
         """Takes a stage's step: thresholds rise, and the model trains while the units fade.
 
         With ``recalibrate`` all thresholds are set again after it, so that what went is what the
-        step was to remove: neither heads that are gone nor training may move it.
+        step was to remove: neither heads that are gone nor training may move it. With
+        ``cost_against="control"`` the next ``measure`` compares with a control.
 
         Args:
             raised: What the stage removes.
@@ -270,14 +250,28 @@ class StageLoop:
             NanLoss: If the loss is not finite.
         """
         drops = any(theta > 0 for theta in (self.handle.thresholds | raised.thresholds).values())
-        recalibrates = self.config.recalibrate and drops
+        recalibrates = self.config.switches.recalibrate and drops
         target = self.raising().search.start - raised.macs if recalibrates else 0.0
+        if self.config.switches.cost_against == "control" and steps:
+            self._value = self.control(steps)
         self.handle.thresholds.update(raised.thresholds)
         loss = self.train(raised.choice, steps)
         if recalibrates:
             tolerance = self.config.tolerance * self._dense_macs
             self.handle.thresholds.update(self.raising().search.settle(target, tolerance))
         return loss
+
+    def control(self, steps: int) -> float:
+        """Returns what the model would be worth after some steps that prune nothing.
+
+        Trials from one snapshot share it.
+        """
+        if steps not in self._controls:
+            copy = fork(self)
+            copy.train(UnitChoice({}, 0.0, 0.0), steps)
+            verdict, _ = self.yardstick.evaluate(copy.model, "val")
+            self._controls[steps] = self.yardstick.value_of(verdict)
+        return self._controls[steps]
 
     def train(self, choice: UnitChoice, steps: int) -> float:
         """Trains for some steps while the chosen units fade; returns the mean loss.
@@ -334,9 +328,11 @@ class StageLoop:
         verdict, cost = self.measure(raised.macs)
         evaluated = time.perf_counter() - begin
         choice = self.strategy.choice
-        self.strategy.record(modes, cost)
+        by_quantum = self.config.switches.history_by == "quantum"
+        self.strategy.record(modes, cost, raised.share if by_quantum else 1.0)
         assert self._cost is not None
         self._value, self._macs = self.yardstick.value_of(verdict), self._cost.macs
+        self._controls.clear()
         reached = self.has_reached(ratio)
         self._advance_fixed_strategy()
         return StageRecord(

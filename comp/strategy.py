@@ -74,8 +74,8 @@ class Strategy(Protocol):
         """Takes the open stage back, as if it had not been chosen."""
         ...
 
-    def record(self, mode: str, cost: float) -> None:
-        """Closes the stage with the measured cost r."""
+    def record(self, mode: str, cost: float, share: float = 1.0) -> None:
+        """Closes the stage with the measured cost r, of a share of what a stage is."""
         ...
 
     def exhaust(self, mode: str) -> None:
@@ -248,12 +248,14 @@ class MultiModeStrategy:
         self._open = None
         self.stage -= 1
 
-    def record(self, mode: str, cost: float) -> None:
+    def record(self, mode: str, cost: float, share: float = 1.0) -> None:
         """Closes the open stage with the cost r that was measured.
 
         Args:
             mode: The mode that ran.
             cost: Accuracy lost per share of dense FLOPs removed; negative if accuracy rose.
+            share: How much of a stage it was, in [0, 1]; a cost counts for as much of what it
+                would in Eq. 10, and in full where it is the mode's first.
 
         Raises:
             ValueError: If ``mode`` is not the open one or ``cost`` is not a finite number.
@@ -263,7 +265,7 @@ class MultiModeStrategy:
         if not math.isfinite(cost):
             raise ValueError(f"the cost of {mode!r} must be a finite number, but got {cost}")
         interval = self.stage - self._last_run[mode]
-        weight = history_weight(interval, self._history, self._horizon)
+        weight = 1 - (1 - history_weight(interval, self._history, self._horizon)) * share
         old = self._costs.get(mode)
         self._costs[mode] = cost if old is None else weight * old + (1 - weight) * cost
         self._last_run[mode] = self._measured[mode] = self.stage

@@ -26,10 +26,10 @@ from studies.terms import differing_terms, terms_of
 POINTS = "points.parquet"
 STAGES = "stages.parquet"
 REMEDIES = {
-    *("rank_norm", "rank_by", "one_ranking", "refresh_after", "fade_exploration", "last_quantum"),
-    *("mask_site", "merge", "distillation", "min_heads", "recalibrate", "steps_by"),
+    *("rank_by", "one_ranking", "refresh_after", "last_quantum"),
+    *("mask_site", "merge", "distillation", "min_heads"),
 }
-"""Searched keys by which a setting is no longer the paper's (docs/algorithm.md)."""
+"""Searched keys by which a setting is not its method any more (docs/algorithm.md)."""
 
 RUN_KEY = ("study", "setting", "seed")
 """Columns that tell runs apart; run ids do not, where a study was run in pieces."""
@@ -133,10 +133,10 @@ def _without(table: pa.Table, runs: Collection[RunKey]) -> pa.Table:
 
 def _with_setting(table: pa.Table, run: Run, spec: StudySpec) -> pa.Table:
     config, changes = PruningConfig.from_dict(run.job.config), changes_of(run.job, spec)
-    of_paper = config.switches in (METHODS["comp"], METHODS["cim"])
+    is_ours = config.switches in (METHODS["comp"], METHODS["cim"], METHODS["comp_plus"])
     columns = {
         "setting": setting_of(run.job, spec),
-        "is_own": of_paper and not changes.keys() & REMEDIES,
+        "is_own": is_ours and not changes.keys() & REMEDIES,
         "is_reference": spec.is_listed and not changes,
         "terms": json.dumps(terms_of(run.job, spec)),
         "data": run.job.data or "OpenMoji",

@@ -31,7 +31,8 @@ class ResultRow:
         model: What was pruned.
         task: Name of the task.
         method: The setting: method id, or the switches that the study varies.
-        is_own: Whether the setting is a method of the paper: CoMP, or CIM without MPS.
+        is_own: Whether the setting is what is put to the test and so no baseline: CoMP, CIM
+            without MPS, or ``comp_plus``.
         ratio_asked: The FLOPs ratio that was asked for.
         ratio_reached: Mean of the ratios reached.
         seeds: The seeds behind it, ascending.
@@ -116,15 +117,21 @@ def settings_by_ratio(
     return groups
 
 
-def compare_settings(settings: Settings) -> list[ResultRow]:
-    """Compares settings at one ratio with their baseline, see ``ResultRow``."""
+def compare_settings(settings: Settings, baseline: str | None = None) -> list[ResultRow]:
+    """Compares settings at one ratio with their baseline, see ``ResultRow``, or with a given one.
+
+    Raises:
+        ValueError: If the given one is not among them.
+    """
+    if baseline is not None and baseline not in settings:
+        raise ValueError(f"no setting is {baseline!r}; there are {', '.join(settings)}")
     others = [name for name, points in settings.items() if not points[0]["is_own"]]
     changed = [name for name, points in settings.items() if points[0].get("is_reference")]
 
     def height(name: str) -> float:
         return float(np.mean([point["val"] for point in settings[name]]))
 
-    baseline = max(changed or others or settings, key=height)
+    baseline = baseline or max(changed or others or settings, key=height)
     return [_row(name, settings[name], baseline, settings[baseline]) for name in settings]
 
 

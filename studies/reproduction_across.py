@@ -14,7 +14,9 @@ from studies.reproduction import ResultRow, Settings, compare_settings, settings
 from studies.terms import differing_terms
 
 
-def rows_across(directory: Path, studies: Sequence[str]) -> list[ResultRow]:
+def rows_across(
+    directory: Path, studies: Sequence[str], baseline: str | None = None
+) -> list[ResultRow]:
     """Compares all settings of some studies at the ratios and seeds that all of them have.
 
     A setting that several studies have is told apart by the study's name.
@@ -22,10 +24,11 @@ def rows_across(directory: Path, studies: Sequence[str]) -> list[ResultRow]:
     Args:
         directory: What ``studies.collection.collect`` wrote.
         studies: Names of the studies.
+        baseline: What all are compared with; ``None`` is the best of the others by validation.
 
     Raises:
-        ValueError: If a study is not there, terms differ (names every difference), or no seed or
-            ratio is shared.
+        ValueError: If a study or the baseline is not there, terms differ (names every
+            difference), or no seed or ratio is shared.
     """
     points, stages = read_collection(directory)
     by_study = {name: [p for p in points if p["study"] == name] for name in studies}
@@ -47,7 +50,7 @@ def rows_across(directory: Path, studies: Sequence[str]) -> list[ResultRow]:
     found = []
     for ratio in shared:
         joined = _joined({name: groups[name, ratio] for name in studies})
-        found += compare_settings(joined)
+        found += compare_settings(joined, baseline)
     return found
 
 

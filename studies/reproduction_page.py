@@ -19,6 +19,7 @@ from studies.reproduction import ResultRow, read_rows
 from studies.reproduction_across import rows_across
 
 _ACROSS = re.compile(r"<!-- begin (?:test )?across ([\w.-]+(?: [\w.-]+)+) -->")
+_AGAINST = re.compile(r"<!-- begin against ([\w.-]+)((?: [\w.-]+)+) -->")
 Step = tuple[str, str, float]
 """Mode and choice of a stage, and the FLOPs ratio after it."""
 TOLERANCE = 0.005  # how far a ratio may lie from the asked one on equal terms
@@ -57,16 +58,21 @@ def write_results(data: Path, page: Path) -> list[Path]:
         shared, joined = _across(data, names.split())
         tables |= {f"{place} {names}": table for place, table in shared.items()}
         found += [{**row.to_dict(), "study": names} for row in joined]
+    for setting, names in dict.fromkeys(_AGAINST.findall(text)):
+        shared, _ = _across(data, names.split(), baseline=setting)
+        tables[f"against {setting}{names}"] = shared["across"]
     write_atomically(page, fill(text, tables))
     values = page.with_suffix(".json")
     write_atomically(values, json.dumps(found, indent=1) + "\n")
     return [page, values, *written]
 
 
-def _across(data: Path, studies: Sequence[str]) -> tuple[dict[str, str], list[ResultRow]]:
+def _across(
+    data: Path, studies: Sequence[str], baseline: str | None = None
+) -> tuple[dict[str, str], list[ResultRow]]:
     """Returns tables of several studies by place with their rows, or why there are none."""
     try:
-        rows = rows_across(data, studies)
+        rows = rows_across(data, studies, baseline)
     except ValueError as error:
         return dict.fromkeys(("across", "test across"), f"Not compared: {error}."), []
     return {"across": difference_table(rows), "test across": test_table(rows)}, rows
@@ -130,11 +136,11 @@ def _pivot(rows: Sequence[ResultRow], cell: Any) -> str:
 
 
 def read_timelines(data: Path) -> dict[str, dict[str, list[Step]]]:
-    """Reads the stages of all runs of plain CoMP in a collection, by study and seed."""
+    """Reads the stages of CoMP's runs in a collection, or of its variant's, by study and seed."""
     _, stages = read_collection(data)
     found: dict[str, dict[str, list[Step]]] = {}
     for stage in sorted(stages, key=lambda row: (row["study"], row["seed"])):
-        if stage["setting"] == "comp":
+        if stage["setting"] in ("comp", "comp_plus"):
             runs = found.setdefault(stage["study"], {})
             step = stage["mode"], stage["choice"], stage["ratio"]
             runs.setdefault(f"seed {stage['seed']}", []).append(step)

@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from comp.config import PruningConfig
-from comp.lookahead import trial_cost
+from comp.lookahead import fork, trial_cost
 from comp.masks import UnitChoice, rank_scores
+from comp.methods import METHODS
 from comp.models import attach
+from comp.modes import PruningMode
 from comp.opening import open_stage, trials_before, way_left
 from comp.pruner import Pruner
-from comp.raising import shrinking_quantum, steps_of
-from comp.results import StageRecord
+from comp.raising import Raise, shrinking_quantum, steps_of
+from comp.results import CurvePoint, StageRecord
 from comp.stages import StageLoop
-from comp.strategy import MultiModeStrategy
+from comp.strategy import MultiModeStrategy, history_weight
 from tests.comp.test_distillation import CONFIG, dense_point
 from tests.tiny import FAMILIES, TinyTask
 
@@ -218,6 +220,91 @@ def test_a_stage_of_a_small_mode_trains_for_less(monkeypatch: pytest.MonkeyPatch
     assert min(taken[4:]) < 100 < max(taken[4:])
 
 
+# --- costs against a control -------------------------------------------------------------------
+
+NOTHING = Raise(UnitChoice({}, 0.0, 0.0), {}, 0.0, 1.0)
+
+
+def test_training_alone_costs_nothing_against_a_control() -> None:
+    for against, nothing in (("before", False), ("control", True)):
+        pruner = pruner_of(cost_against=against, learning_rate=0.02)
+        pruner.measure_dense()
+        pruner.take(NOTHING, 4)
+        assert (pruner.measure(1.0)[1] == 0.0) == nothing
+
+
+def test_a_stage_is_compared_with_a_copy_that_trained_on_the_same_batches() -> None:
+    pruner = pruner_of(cost_against="control", steps_per_stage=4, learning_rate=0.02)
+    pruner.measure_dense()
+    copied = fork(pruner)
+    copied.train(NOTHING.choice, 4)
+    control = pruner.yardstick.value_of(pruner.yardstick.evaluate(copied.model, "val")[0])
+    stage = pruner.run_stage(RATIO)
+    assert stage.cost == pytest.approx((control + stage.val_loss) / stage.ratio)
+
+
+def test_a_control_leaves_the_run_as_it_is() -> None:
+    runs = []
+    for against in ("before", "control"):
+        pruner = pruner_of(cost_against=against, init="sweep")
+        pruner.measure_dense()
+        runs.append((pruner.run_stage(RATIO), pruner.model.state_dict()))
+    (plain, weights), (controlled, others) = runs
+    assert (plain.val_loss, plain.macs) == (controlled.val_loss, controlled.macs)
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_trials_from_one_snapshot_share_a_control(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def watched(loop: StageLoop, choice: UnitChoice, steps: int) -> float:
+        seen.append((len(loop.stages), bool(choice.units), steps))
+        return train(loop, choice, steps)
+
+    train = StageLoop.train
+    monkeypatch.setattr(StageLoop, "train", watched)
+    own = {"lookahead_steps": 2, "steps_per_stage": 3, "modes": ("vision_params", "cross_params")}
+    after_stages(pruner_of(schedule="lookahead", cost_against="control", **own), 2)
+    trials = [(True, 2), (True, 2)]
+    for stage in (0, 1):
+        mine = [(cuts, steps) for at, cuts, steps in seen if at == stage]
+        assert mine == [(False, 2), *trials, (False, 3), (True, 3)]
+
+
+def test_a_trial_without_training_needs_no_control() -> None:
+    costs = []
+    for against in ("before", "control"):
+        pruner = pruner_of(schedule="lookahead", lookahead_steps=0, cost_against=against)
+        pruner.measure_dense()
+        costs.append(trial_cost(pruner, "vision_params", pruner.gap(RATIO), 0))
+    assert costs[0] == costs[1] is not None
+
+
+# --- stages that a target cuts short ------------------------------------------------------------
+
+
+def test_a_cost_of_part_of_a_stage_counts_for_that_part() -> None:
+    costs = []
+    for share in (1.0, 0.25, 0.0):
+        strategy = swept(exploration=0.0)
+        mode = strategy.choose()
+        weight = 1 - history_weight(strategy.stage - strategy._last_run[mode])
+        strategy.record(mode, 5.0, share)
+        costs.append(strategy.costs[mode])
+    assert costs == pytest.approx([1.0 + 4.0 * weight * share for share in (1.0, 0.25, 0.0)])
+
+
+def test_a_stage_that_its_target_cuts_short_is_a_part_of_one() -> None:
+    pruner = pruner_of(modes=("vision_params",))
+    pruner.measure_dense()
+    quantum = 0.02 * pruner._dense_macs
+    for gap, share in ((10 * quantum, 1.0), (0.5 * quantum, 0.5)):
+        raised = pruner.raising().pick([PruningMode.VISION_PARAMS], gap, coarse=True)
+        assert raised is not None
+        assert raised.share == pytest.approx(share, abs=0.2)
+        assert (raised.share == 1.0) == (gap > quantum)
+
+
 # --- scores per FLOP ---------------------------------------------------------------------------
 
 
@@ -274,6 +361,23 @@ def test_one_mode_of_parameters_is_retired_as_a_whole() -> None:
     assert all(stage.mode.endswith("_tokens") for stage in stages)
 
 
+# --- comp_plus ---------------------------------------------------------------------------------
+
+
+def test_comp_plus_is_comp_with_some_switches_each_of_which_can_be_put_back() -> None:
+    mine, papers = (dataclasses.asdict(METHODS[name]) for name in ("comp_plus", "comp"))
+    names = {name for name in mine if mine[name] != papers[name]}
+    assert names == {"rank_norm", "cost_against", "recalibrate", "history_by", "fade_exploration"}
+    back = PruningConfig(method="comp_plus", **{name: papers[name] for name in names})
+    assert back.switches == METHODS["comp"]
+
+
+def test_comp_plus_runs_to_its_ratio() -> None:
+    records = list(pruner_of(method="comp_plus").run())
+    assert isinstance(records[-1], CurvePoint)
+    assert records[-1].ratio_reached == pytest.approx(RATIO, abs=0.01)
+
+
 # --- what is refused ---------------------------------------------------------------------------
 
 
@@ -288,6 +392,9 @@ def test_one_mode_of_parameters_is_retired_as_a_whole() -> None:
         ({"distill_stages": True}, r"distillation is 0; give it a weight"),
         ({"method": "upop_sine", "steps_by": "quantum"}, r"steps_by 'quantum' is for stages"),
         ({"steps_by": "flops"}, r"steps_by must be one of stage, quantum"),
+        ({"method": "sjp", "cost_against": "control"}, r"'control' is for the schedules that"),
+        ({"method": "sjp", "history_by": "quantum"}, r"history_by 'quantum' is for the costs of"),
+        ({"cost_against": "dense"}, r"cost_against must be one of before, control"),
         ({"refresh_after": 0}, r"refresh_after must be in"),
         ({"last_quantum": 0.0}, r"last_quantum must be in"),
         ({"distillation": -1.0}, r"distillation must be in"),
