@@ -160,6 +160,17 @@ def test_settings_of_two_studies_on_equal_terms_share_a_table(tmp_path: Path) ->
     assert [value["diff_to_best_baseline"] for value in joined] == [None, 6.0]
 
 
+def test_settings_can_be_compared_with_one_by_name(tmp_path: Path) -> None:
+    two_studies(tmp_path)
+    page = tmp_path / "results.md"
+    places = [f"against {setting} main tokens" for setting in ("token", "madtp")]
+    page.write_text("".join(f"<!-- begin {place} --><!-- end {place} -->" for place in places))
+    write_results(tmp_path, page)
+    assert "| `token` | 1 | 0.0 | baseline |" in page.read_text()
+    assert "| `sjp` | 1 | 1.0 | **-6.00" in page.read_text()
+    assert "Not compared: no setting is 'madtp'; there are sjp, token." in page.read_text()
+
+
 @pytest.mark.parametrize(
     ("terms", "own", "sentence"),
     [
