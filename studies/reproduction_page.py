@@ -58,6 +58,11 @@ def write_results(data: Path, page: Path) -> list[Path]:
         shared, joined = _across(data, names.split())
         tables |= {f"{place} {names}": table for place, table in shared.items()}
         found += [{**row.to_dict(), "study": names} for row in joined]
+        if joined:
+            place = data / names.replace(" ", "+")
+            written += plot_settings(
+                joined, place, title=f"{names.replace(' ', ' and ')}: mean of the seeds"
+            )
     for setting, names in dict.fromkeys(_AGAINST.findall(text)):
         shared, _ = _across(data, names.split(), baseline=setting)
         tables[f"against {setting}{names}"] = shared["across"]
