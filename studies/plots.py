@@ -99,7 +99,8 @@ def plot_runs(
 def plot_settings(rows: Sequence["ResultRow"], target: Path, *, title: str) -> list[Path]:
     """Draws the mean test metric of every setting of a study, with the standard error of the mean.
 
-    What is put to the test (``ResultRow.is_own``) is bold. A study of one ratio becomes one column of points.
+    What is put to the test (``ResultRow.is_own``) is bold. A study of one ratio becomes one column
+    of points.
 
     Returns:
         The PNG and the SVG.
