@@ -267,9 +267,9 @@ class StageLoop:
         Trials from one snapshot share it.
         """
         if steps not in self._controls:
-            copy = fork(self)
-            copy.train(UnitChoice({}, 0.0, 0.0), steps)
-            verdict, _ = self.yardstick.evaluate(copy.model, "val")
+            twin = fork(self)
+            twin.train(UnitChoice({}, 0.0, 0.0), steps)
+            verdict, _ = self.yardstick.evaluate(twin.model, "val")
             self._controls[steps] = self.yardstick.value_of(verdict)
         return self._controls[steps]
 
@@ -364,7 +364,7 @@ class StageLoop:
             predicted_macs: Multiply-adds that the raise before it was to remove.
 
         Returns:
-            The verdict on the validation subset and the cost r of Eq. 8.
+            The verdict on the validation subset and the cost r of Eq. 8, or against the control.
         """
         verdict, self._cost = self.yardstick.evaluate(self.model, "val")
         lost = self._value - self.yardstick.value_of(verdict)

@@ -149,6 +149,15 @@ def test_nothing_near_is_not_suggested() -> None:
     assert nearest("zebra", ["comp", "param"]) == ""
 
 
+@pytest.mark.parametrize(
+    "name", [f.name for f in dataclasses.fields(PruningConfig) if f.type in (bool, bool | None)]
+)
+def test_what_is_true_or_false_is_nothing_else(name: str) -> None:
+    for value in ("no", 1):
+        with pytest.raises(ValueError, match=f"{name} must be true or false, but got {value!r}"):
+            PruningConfig(**{name: value})
+
+
 def test_a_probe_is_refused_where_no_cost_is_asked_for() -> None:
     with pytest.raises(ValueError, match=r"init 'probe' gives first costs.*use 'sweep'"):
         PruningConfig(method="param", init="probe")
