@@ -72,7 +72,8 @@ def split(part: str) -> list[str]:
 
 def commands_of(name: str, program: str) -> list[list[str]]:
     found = [words for words in commands((ROOT / name).read_text()) if words[0] == program]
-    return [words for words in found if len(words) > 1]
+    # The method comp with a switch, such as comp cit=false in a table, is no command.
+    return [words for words in found if len(words) > 1 and "=" not in words[1]]
 
 
 @functools.cache
