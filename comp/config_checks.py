@@ -1,5 +1,6 @@
 """What a ``PruningConfig`` is held to: choices, bounds, and options that need each other."""
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, get_args
 
 from comp.methods import METHODS, Schedule, check_site
@@ -71,10 +72,11 @@ def _check_choices(config: "PruningConfig") -> None:
         if value not in choices:
             shown = ", ".join(str(choice) for choice in choices if choice is not None)
             raise ValueError(f"{name} must be one of {shown}, but got {value!r}")
-    for name in (*_BOOLS, *_BOOL_SWITCHES):
-        value = getattr(config, name)
-        if not isinstance(value, bool) and not (value is None and name in _BOOL_SWITCHES):
-            raise ValueError(f"{name} must be true or false, but got {value!r}")
+    for field in fields(config):
+        value = getattr(config, field.name)
+        is_open = value is None and field.type == bool | None
+        if field.type in (bool, bool | None) and not (isinstance(value, bool) or is_open):
+            raise ValueError(f"{field.name} must be true or false, but got {value!r}")
     known = [mode.value for mode in PruningMode]
     for mode in config.modes or ():
         if mode not in known:
@@ -187,9 +189,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "shrink": ("stage", "end"),
     "version": (1,),
 }
-
-_BOOLS = ("one_ranking", "regrow", "gradient_checkpointing", "distill_stages", "autocast")
-_BOOL_SWITCHES = ("cip", "cit", "causal_mean", "recalibrate", "fade_exploration")
 
 _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("num_stages", 1, 10_000),
