@@ -63,15 +63,16 @@ def trial_cost(loop: "StageLoop", mode: str, gap: float, steps: int) -> float | 
 
 def trial_costs(loop: "StageLoop", plan: TrialPlan) -> dict[str, float]:
     """Tries all modes of a plan; one that has nothing to give is left out."""
-    if loop.config.switches.cost_against == "control" and plan.steps:
-        loop.control(plan.steps)  # once for all
     tried = {m: trial_cost(loop, m, plan.gap, plan.steps) for m in plan.modes}
     return {mode: cost for mode, cost in tried.items() if cost is not None}
 
 
 def fork(loop: "StageLoop") -> "StageLoop":
-    """Returns an independent copy; task, yardstick, config, teacher and who tries are shared."""
-    shared = (loop.task, loop.yardstick, loop.config, loop.trials, loop.teacher)
+    """Returns an independent copy that shares what a stage does not change, and the controls."""
+    shared = (
+        *(loop.task, loop.yardstick, loop.config, loop.trials, loop.teacher),
+        loop.controls,
+    )
     twin = copy.deepcopy(loop, {id(value): value for value in shared})
     shard_(twin.handle, twin.optimizer)
     return twin

@@ -55,6 +55,7 @@ class StageLoop:
         records: Everything that was finished.
         teacher: The dense model that stages learn from, if they do.
         trials: Who tries the modes before a stage that ``comp.opening`` wants trials for.
+        controls: What ``control`` found since the last stage, by steps.
 
     Raises:
         ValueError: If the config names a mode that the model does not have, the task cannot be
@@ -123,7 +124,7 @@ class StageLoop:
         self._value = 0.0
         self._resource = self._dense_resource = 0.0
         self._cost: Measurement | None = None
-        self._controls: dict[int, float] = {}
+        self.controls: dict[int, float] = {}
 
     def _make_teacher(self) -> Teacher:
         return Teacher(self.yardstick.dense_here(), self.task, self.config)
@@ -264,14 +265,14 @@ class StageLoop:
     def control(self, steps: int) -> float:
         """Returns what the model would be worth after some steps that prune nothing.
 
-        Trials from one snapshot share it.
+        Trials from one snapshot share ``controls``, so that it is measured once a stage.
         """
-        if steps not in self._controls:
+        if steps not in self.controls:
             twin = fork(self)
             twin.train(UnitChoice({}, 0.0, 0.0), steps)
             verdict, _ = self.yardstick.evaluate(twin.model, "val")
-            self._controls[steps] = self.yardstick.value_of(verdict)
-        return self._controls[steps]
+            self.controls[steps] = self.yardstick.value_of(verdict)
+        return self.controls[steps]
 
     def train(self, choice: UnitChoice, steps: int) -> float:
         """Trains for some steps while the chosen units fade; returns the mean loss.
@@ -332,7 +333,7 @@ class StageLoop:
         self.strategy.record(modes, cost, raised.share if by_quantum else 1.0)
         assert self._cost is not None
         self._value, self._macs = self.yardstick.value_of(verdict), self._cost.macs
-        self._controls.clear()
+        self.controls.clear()
         reached = self.has_reached(ratio)
         self._advance_fixed_strategy()
         return StageRecord(
