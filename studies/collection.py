@@ -7,7 +7,7 @@ already, if the terms are equal.
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -75,10 +75,18 @@ def collect(folders: Sequence[StudyFolder], target: Path, *, replace: bool = Fal
     return len(points)
 
 
-def read_collection(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+class Collected(NamedTuple):
+    """What ``collect`` wrote into a directory: a row a point and a row a stage, of all runs."""
+
+    directory: Path
+    points: list[dict[str, Any]]
+    stages: list[dict[str, Any]]
+
+
+def read_collection(directory: Path) -> Collected:
     """Reads the points and the stages of all runs."""
-    points, stages = (pyarrow.parquet.read_table(directory / name) for name in (POINTS, STAGES))
-    return points.to_pylist(), stages.to_pylist()
+    tables = (pyarrow.parquet.read_table(directory / name) for name in (POINTS, STAGES))
+    return Collected(directory, *(table.to_pylist() for table in tables))
 
 
 def key_of(row: Mapping[str, Any]) -> RunKey:

@@ -7,13 +7,12 @@ repository can make the tables again without running anything.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from comp.results import unpack_outcomes
-from studies.collection import key_of, read_collection
+from studies.collection import Collected, key_of
 from studies.curves import Spread, spread
 from studies.paired import Difference, paired_difference, sampled_difference
 
@@ -91,9 +90,9 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)
 
 
-def read_rows(directory: Path) -> list[ResultRow]:
-    """Reads a collection and compares: rows by study, ratio and setting."""
-    groups = settings_by_ratio(*read_collection(directory))
+def rows_of(collected: Collected) -> list[ResultRow]:
+    """Compares what was collected: rows by study, ratio and setting."""
+    groups = settings_by_ratio(collected.points, collected.stages)
     return [row for key in sorted(groups) for row in compare_settings(groups[key])]
 
 

@@ -6,23 +6,22 @@ of the studies have are left out.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from studies.collection import read_collection
+from studies.collection import Collected
 from studies.reproduction import ResultRow, Settings, compare_settings, settings_by_ratio
 from studies.terms import differing_terms
 
 
 def rows_across(
-    directory: Path, studies: Sequence[str], baseline: str | None = None
+    collected: Collected, studies: Sequence[str], baseline: str | None = None
 ) -> list[ResultRow]:
     """Compares all settings of some studies at the ratios and seeds that all of them have.
 
     A setting that several studies have is told apart by the study's name.
 
     Args:
-        directory: What ``studies.collection.collect`` wrote.
+        collected: What ``studies.collection.collect`` wrote.
         studies: Names of the studies.
         baseline: What all are compared with; ``None`` is the best of the others by validation.
 
@@ -30,7 +29,7 @@ def rows_across(
         ValueError: If a study or the baseline is not there, terms differ (names every
             difference), or no seed or ratio is shared.
     """
-    points, stages = read_collection(directory)
+    directory, points, stages = collected
     by_study = {name: [p for p in points if p["study"] == name] for name in studies}
     for name, own in by_study.items():
         if not own:

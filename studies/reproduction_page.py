@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from studies.collection import read_collection
+from studies.collection import Collected, read_collection
 from studies.curves import removed_macs
 from studies.folder import write_atomically
 from studies.plots import plot_settings, plot_timelines
-from studies.reproduction import ResultRow, read_rows
+from studies.reproduction import ResultRow, rows_of
 from studies.reproduction_across import rows_across
 
 _ACROSS = re.compile(r"<!-- begin (?:test )?across ([\w.-]+(?: [\w.-]+)+) -->")
@@ -38,7 +38,8 @@ def write_results(data: Path, page: Path) -> list[Path]:
     Raises:
         ValueError: If the page has a place for a table that the data does not give.
     """
-    rows = read_rows(data)
+    collected = read_collection(data)
+    rows = rows_of(collected)
     studies = list(dict.fromkeys(row.study for row in rows))
     tables: dict[str, str] = {}
     written = []
@@ -47,7 +48,7 @@ def write_results(data: Path, page: Path) -> list[Path]:
         tables[f"test {study}"] = test_table(own)
         tables[f"differences {study}"] = difference_table(own)
         written += plot_settings(own, data / study, title=f"{study}: mean of the seeds")
-    for study, runs in read_timelines(data).items():
+    for study, runs in timelines_of(collected.stages).items():
         tables[f"modes {study}"] = mode_table(runs.values())
         written += plot_timelines(
             runs, data / f"{study}-modes", title=f"{study}: what CoMP pruned"
@@ -55,7 +56,7 @@ def write_results(data: Path, page: Path) -> list[Path]:
     text = page.read_text(encoding="utf-8")
     found = [row.to_dict() for row in rows]
     for names in dict.fromkeys(_ACROSS.findall(text)):
-        shared, joined = _across(data, names.split())
+        shared, joined = _across(collected, names.split())
         tables |= {f"{place} {names}": table for place, table in shared.items()}
         found += [{**row.to_dict(), "study": names} for row in joined]
         if joined:
@@ -64,7 +65,7 @@ def write_results(data: Path, page: Path) -> list[Path]:
                 joined, place, title=f"{names.replace(' ', ' and ')}: mean of the seeds"
             )
     for setting, names in dict.fromkeys(_AGAINST.findall(text)):
-        shared, _ = _across(data, names.split(), baseline=setting)
+        shared, _ = _across(collected, names.split(), baseline=setting)
         tables[f"against {setting}{names}"] = shared["across"]
     write_atomically(page, fill(text, tables))
     values = page.with_suffix(".json")
@@ -73,11 +74,11 @@ def write_results(data: Path, page: Path) -> list[Path]:
 
 
 def _across(
-    data: Path, studies: Sequence[str], baseline: str | None = None
+    collected: Collected, studies: Sequence[str], baseline: str | None = None
 ) -> tuple[dict[str, str], list[ResultRow]]:
     """Returns tables of several studies by place with their rows, or why there are none."""
     try:
-        rows = rows_across(data, studies, baseline)
+        rows = rows_across(collected, studies, baseline)
     except ValueError as error:
         return dict.fromkeys(("across", "test across"), f"Not compared: {error}."), []
     return {"across": difference_table(rows), "test across": test_table(rows)}, rows
@@ -140,16 +141,23 @@ def _pivot(rows: Sequence[ResultRow], cell: Any) -> str:
     return "\n".join(lines)
 
 
-def read_timelines(data: Path) -> dict[str, dict[str, list[Step]]]:
-    """Reads the stages of CoMP's runs in a collection, or of its variant's, by study and seed."""
-    _, stages = read_collection(data)
-    found: dict[str, dict[str, list[Step]]] = {}
-    for stage in sorted(stages, key=lambda row: (row["study"], row["seed"])):
+def timelines_of(stages: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[Step]]]:
+    """Sorts the stages of CoMP's runs, and of its variant's, by study and run."""
+    found: dict[str, dict[tuple[str, int], list[Step]]] = {}
+    for stage in sorted(stages, key=lambda row: (row["study"], row["setting"], row["seed"])):
         if stage["setting"] in ("comp", "comp_plus"):
             runs = found.setdefault(stage["study"], {})
             step = stage["mode"], stage["choice"], stage["ratio"]
-            runs.setdefault(f"seed {stage['seed']}", []).append(step)
-    return found
+            runs.setdefault((stage["setting"], stage["seed"]), []).append(step)
+    return {study: _named(runs) for study, runs in found.items()}
+
+
+def _named(runs: Mapping[tuple[str, int], list[Step]]) -> dict[str, list[Step]]:
+    alone = len({setting for setting, _ in runs}) == 1
+    return {
+        f"seed {seed}" if alone else f"{setting}, seed {seed}": steps
+        for (setting, seed), steps in runs.items()
+    }
 
 
 def mode_table(runs: Iterable[Sequence[Step]]) -> str:

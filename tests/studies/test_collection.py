@@ -5,9 +5,9 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from studies.collection import POINTS, STAGES, collect
+from studies.collection import POINTS, STAGES, collect, read_collection
 from studies.folder import StudyFolder
-from studies.reproduction import read_rows
+from studies.reproduction import rows_of
 from tests.studies.synthetic import make_spec
 from tests.studies.test_driver import run
 
@@ -43,7 +43,7 @@ def test_settings_of_two_pieces_keep_their_stages_though_run_ids_are_equal(tmp_p
     for place, change in (("here", "distillation: 1.0"), ("there", "recalibrate: true")):
         listed = ("sampler={kind: start}", space, f"enqueue=[{{{change}}}]", "n_trials=2")
         collect([study(tmp_path / place, *listed)], data)
-    rows = read_rows(data)
+    rows = rows_of(read_collection(data))
     assert {row.method for row in rows} == {
         "comp",
         "comp distillation=1.0",

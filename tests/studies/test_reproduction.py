@@ -12,11 +12,11 @@ from click.testing import CliRunner
 
 from comp.results import pack_outcomes
 from studies.cli import cli
-from studies.collection import POINTS, STAGES, collect
+from studies.collection import POINTS, STAGES, collect, read_collection
 from studies.folder import StudyFolder
-from studies.reproduction import ResultRow, read_rows
+from studies.reproduction import ResultRow, rows_of
 from studies.reproduction_across import rows_across
-from studies.reproduction_page import fill, write_results
+from studies.reproduction_page import fill, timelines_of, write_results
 from tests.studies.synthetic import make_spec
 from tests.studies.test_driver import run
 
@@ -64,7 +64,7 @@ def rows(tmp_path: Path) -> dict[str, ResultRow]:
     points += [point("token", seed, 59.0, 70) for seed in (0, 1)]
     points += [point("comp", seed, 65.0, 56 + seed) for seed in (1, 0)]
     write(tmp_path, points)
-    return {row.method: row for row in read_rows(tmp_path)}
+    return {row.method: row for row in rows_of(read_collection(tmp_path))}
 
 
 def test_the_baseline_is_chosen_by_validation_and_never_by_test(
@@ -92,7 +92,7 @@ def test_a_row_has_mean_and_sample_deviation_over_its_seeds(rows: dict[str, Resu
 
 def test_seeds_that_the_baseline_lacks_are_not_compared(tmp_path: Path) -> None:
     write(tmp_path, [point("sjp", 0, 60, 50), point("comp", 0, 60, 52), point("comp", 1, 60, 90)])
-    found = {row.method: row for row in read_rows(tmp_path)}["comp"].difference
+    found = {row.method: row for row in rows_of(read_collection(tmp_path))}["comp"].difference
     assert found is not None
     assert found.mean == pytest.approx(2.0)
 
@@ -101,7 +101,7 @@ def test_a_metric_that_is_no_mean_is_ownared_by_seed(tmp_path: Path) -> None:
     points = [point("sjp", s, 60, 50, outcomes="") for s in (0, 1)]
     points += [point("comp", s, 60, 51 + 2 * s, outcomes="") for s in (0, 1)]
     write(tmp_path, points)
-    found = {row.method: row for row in read_rows(tmp_path)}["comp"].difference
+    found = {row.method: row for row in rows_of(read_collection(tmp_path))}["comp"].difference
     assert found is not None
     assert (found.mean, found.low, found.high) == (2.0, 1.0, 3.0)
 
@@ -171,6 +171,18 @@ def test_settings_can_be_compared_with_one_by_name(tmp_path: Path) -> None:
     assert "Not compared: no setting is 'madtp'; there are sjp, token." in page.read_text()
 
 
+def test_runs_of_two_methods_in_a_study_keep_their_stages_apart() -> None:
+    rows = [stage("comp", "tokens", 0.5), stage("comp_plus", "params", 0.25)]
+    found = timelines_of([*rows, {**rows[0], "study": "alone"}])
+    assert found == {
+        "alone": {"seed 0": [("tokens", "greedy", 0.5)]},
+        "main": {
+            "comp, seed 0": [("tokens", "greedy", 0.5)],
+            "comp_plus, seed 0": [("params", "greedy", 0.75)],
+        },
+    }
+
+
 @pytest.mark.parametrize(
     ("terms", "own", "sentence"),
     [
@@ -185,10 +197,10 @@ def test_what_is_not_equal_is_said(
 ) -> None:
     two_studies(tmp_path, terms, **own)
     if sentence is None:
-        assert len(rows_across(tmp_path, ["main", "tokens"])) == 2
+        assert len(rows_across(read_collection(tmp_path), ["main", "tokens"])) == 2
         return
     with pytest.raises(ValueError, match=sentence):
-        rows_across(tmp_path, ["main", "tokens"])
+        rows_across(read_collection(tmp_path), ["main", "tokens"])
 
 
 def test_seeds_that_one_of_two_studies_lacks_are_left_out(tmp_path: Path) -> None:
@@ -196,14 +208,14 @@ def test_seeds_that_one_of_two_studies_lacks_are_left_out(tmp_path: Path) -> Non
     points = pyarrow.parquet.read_table(tmp_path / POINTS).to_pylist()
     more = point("token", 1, 60.0, 90, study="tokens", terms=json.dumps(TERMS), params=7)
     write(tmp_path, [*points, more])
-    found = {row.method: row for row in rows_across(tmp_path, ["main", "tokens"])}
+    found = {row.method: row for row in rows_across(read_collection(tmp_path), ["main", "tokens"])}
     assert (found["token"].seeds, found["token"].test.mean) == ((0,), 56.0)
 
 
 def test_studies_that_were_collected_without_terms_are_named(tmp_path: Path) -> None:
     write(tmp_path, [point("sjp", 0, 60, 50), point("token", 0, 60, 50, study="tokens")])
     with pytest.raises(ValueError, match="'main' was collected before terms were kept"):
-        rows_across(tmp_path, ["main", "tokens"])
+        rows_across(read_collection(tmp_path), ["main", "tokens"])
 
 
 def test_a_list_of_changes_is_compared_with_what_it_changes(tmp_path: Path) -> None:
@@ -213,7 +225,11 @@ def test_a_list_of_changes_is_compared_with_what_it_changes(tmp_path: Path) -> N
     )
     run(spec)
     collect([StudyFolder.of(spec)], tmp_path / "data")
-    found = {row.method: row for row in read_rows(tmp_path / "data") if row.ratio_asked == 0.8}
+    found = {
+        row.method: row
+        for row in rows_of(read_collection(tmp_path / "data"))
+        if row.ratio_asked == 0.8
+    }
     assert {row.baseline for row in found.values()} == {"comp"}
     assert found["comp distillation=1.0"].difference is not None
     assert not found["comp distillation=1.0"].is_own
@@ -231,7 +247,11 @@ def test_runs_are_collected_with_what_their_study_varies(tmp_path: Path) -> None
     spec = make_spec(tmp_path, "sampler={kind: grid}", space, "seeds=[0, 1]", "n_trials=2")
     run(spec)
     assert collect([StudyFolder.of(spec)], tmp_path / "data") == 4
-    found = {row.method: row for row in read_rows(tmp_path / "data") if row.ratio_asked == 0.8}
+    found = {
+        row.method: row
+        for row in rows_of(read_collection(tmp_path / "data"))
+        if row.ratio_asked == 0.8
+    }
     assert {name: row.is_own for name, row in found.items()} == {
         "comp": True,
         "comp cit=false": False,
