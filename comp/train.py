@@ -82,7 +82,9 @@ RECIPES: dict[str, Recipe] = {
     "blip-tiny-vqa": Recipe(task="vqa", steps=4000),
     "blip-tiny-nlvr2": _NLVR2,
     "blip-small-vqa": Recipe(task="vqa", steps=5000, shape=SMALL),
-    "blip-small-nlvr2": replace(_NLVR2, init="blip-small-vqa", shape=SMALL),
+    "blip-small-nlvr2": replace(
+        _NLVR2, init="blip-small-vqa", shape=SMALL, steps=4000, align_steps=700
+    ),
     "blip-tiny-captioning": Recipe(task="captioning", steps=3000),
     "blip-tiny-retrieval": Recipe(task="retrieval", steps=3000),
     "clip-tiny-retrieval": Recipe(task="retrieval", steps=4000, batch_size=128, family="clip"),
