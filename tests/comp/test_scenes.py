@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+from collections import defaultdict
 
 import pytest
 import torch
@@ -25,6 +26,18 @@ def test_captions_name_both_drawings_and_their_corners(
         parts = [describe(openmoji.drawings[image]) for image in scene.images]
         parts += [CORNERS[corner] for corner in scene.corners]
         assert all(part in caption for part in parts for caption in scene.captions)
+
+
+def test_two_things_stand_in_all_pairs_of_corners_both_ways_round(
+    scenes: list[Scene], openmoji: OpenMoji
+) -> None:
+    places: dict[frozenset[str], set[tuple[str, tuple[int, int]]]] = defaultdict(set)
+    for scene in scenes:
+        things = [describe(openmoji.drawings[image]) for image in scene.images]
+        places[frozenset(things)].add((things[0], scene.corners))
+    short = [things for things, seen in places.items() if len(seen) < 6 * len(things)]
+    assert len(places) > 20
+    assert len(short) <= 1
 
 
 def test_scenes_show_drawings_of_their_split_only(scenes: list[Scene], openmoji: OpenMoji) -> None:
