@@ -47,6 +47,8 @@ class Recipe:
         init: Preset whose weights to start from, if any.
         align_steps: Steps of ``comp.align`` on phrases about single images, before the task;
             NLVR2 only.
+        tune_steps: Steps on the task alone afterwards, on new batches and with the learning rate
+            of the beginning; NLVR2 only.
         seed: Seed of weights, data order and dropout.
         shape: Sizes of the model.
         family: Family of the model, see ``comp.models.build``.
@@ -60,6 +62,7 @@ class Recipe:
     weight_decay: float = 0.05
     init: str | None = None
     align_steps: int = 0
+    tune_steps: int = 0
     seed: int = 0
     shape: BlipShape = field(default_factory=BlipShape)
     family: str = "blip"
@@ -83,7 +86,12 @@ RECIPES: dict[str, Recipe] = {
     "blip-tiny-nlvr2": _NLVR2,
     "blip-small-vqa": Recipe(task="vqa", steps=5000, shape=SMALL),
     "blip-small-nlvr2": replace(
-        _NLVR2, init="blip-small-vqa", shape=SMALL, steps=4000, align_steps=700
+        _NLVR2,
+        init="blip-small-vqa",
+        shape=SMALL,
+        steps=4000,
+        align_steps=700,
+        tune_steps=3000,
     ),
     "blip-tiny-captioning": Recipe(task="captioning", steps=3000),
     "blip-tiny-retrieval": Recipe(task="retrieval", steps=3000),
@@ -156,6 +164,7 @@ def train_dense(
         task.prepare_(model)
     if recipe.align_steps:
         _fit_aligned(model, task, recipe, tokenizer, on_step=on_step)
+        _tune(model, task, recipe, mixed=mixed, on_step=on_step)
     else:
         _fit(model, task, recipe, mixed=mixed, on_step=on_step)
     if hasattr(model, TEMPERATURE):  # the stock class has no place for it but its config
@@ -237,7 +246,7 @@ def _fit_aligned(
     )
 
 
-def _fit(
+def _tune(
     model: nn.Module,
     task: Task,
     recipe: Recipe,
@@ -245,11 +254,25 @@ def _fit(
     mixed: bool,
     on_step: Callable[[int, float], None] | None,
 ) -> None:
+    """Trains an aligned model on the task alone, on as many samples a step as are seen aligned."""
+    alone = replace(recipe, steps=recipe.tune_steps, batch_size=40)
+    _fit(model, task, alone, mixed=mixed, start=recipe.steps, on_step=on_step)
+
+
+def _fit(
+    model: nn.Module,
+    task: Task,
+    recipe: Recipe,
+    *,
+    mixed: bool,
+    start: int = 0,
+    on_step: Callable[[int, float], None] | None,
+) -> None:
     config = PruningConfig(autocast=mixed, weight_decay=recipe.weight_decay)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
-    batches = task.train_batches(batch_size=recipe.batch_size, seed=recipe.seed)
+    batches = task.train_batches(batch_size=recipe.batch_size, seed=recipe.seed, start=start)
     model.train()
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
