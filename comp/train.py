@@ -97,7 +97,7 @@ RECIPES: dict[str, Recipe] = {
     "blip-tiny-retrieval": Recipe(task="retrieval", steps=3000),
     "clip-tiny-retrieval": Recipe(task="retrieval", steps=4000, batch_size=128, family="clip"),
     "clip-small-retrieval": Recipe(
-        task="retrieval", steps=3000, init="blip-small-vqa", shape=SMALL, family="clip"
+        task="retrieval", steps=2000, init="blip-small-vqa", shape=SMALL, family="clip"
     ),
 }
 
