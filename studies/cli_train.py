@@ -32,8 +32,9 @@ def _list_models(as_json: bool) -> None:
         card = preset_directory(name) / "card.json"
         known = json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
         found[name] = {"task": preset.task, "description": preset.description, "card": known}
+    width = max(map(len, found))
     lines = [
-        f"{name:16} {entry['description']}; {_accuracy_text(entry['card'])}"
+        f"{name:{width}} {entry['description']}; {_accuracy_text(entry['card'])}"
         for name, entry in found.items()
     ]
     answer(as_json, {"models": found}, "\n".join(lines))

@@ -23,7 +23,13 @@ MODEL_PRESETS: dict[str, ModelPreset] = {
     "blip-tiny-vqa": ModelPreset("BLIP, 4 vision and 3 text layers, 64 px, OpenMoji VQA", "vqa"),
     "blip-small-vqa": ModelPreset("BLIP, 6 and 4 layers, 12 heads, 64 px, OpenMoji VQA", "vqa"),
     "blip-tiny-nlvr2": ModelPreset(
-        "BLIP with twin cross-attention, same sizes, OpenMoji NLVR2", "nlvr2"
+        "BLIP with twin cross-attention, sizes of blip-tiny-vqa, OpenMoji NLVR2", "nlvr2"
+    ),
+    "blip-small-nlvr2": ModelPreset(
+        "BLIP with twin cross-attention, sizes of blip-small-vqa, OpenMoji NLVR2", "nlvr2"
+    ),
+    "clip-small-retrieval": ModelPreset(
+        "CLIP, 6 and 4 layers, 12 heads, 64 px, OpenMoji scenes and captions", "retrieval"
     ),
 }
 
