@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from comp.errors import CheckpointMismatch, UnsupportedModelError, misfit
@@ -20,6 +20,7 @@ from comp.handle import TEMPERATURE, PruningHandle, handle_of
 from comp.methods import Method
 from comp.modes import Stream
 from comp.shrink import apply_plan_
+from comp.tensor_file import write_tensors
 
 if TYPE_CHECKING:
     from comp.models.dense import Dtype
@@ -75,7 +76,7 @@ def save_pruned(
     config: Any = model.config
     config.architectures = [type(model).__name__]
     config.save_pretrained(directory)
-    save_file(_unique_tensors(model, dtype), directory / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(_unique_tensors(model, dtype), directory / WEIGHTS)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     if card is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from comp.collectives import like, whole
@@ -25,6 +25,7 @@ from comp.momentum import restored
 from comp.results import CurvePoint, StageRecord
 from comp.sharding import gather_, shard_
 from comp.shrink import apply_plan_
+from comp.tensor_file import write_tensors
 
 if TYPE_CHECKING:
     from comp.pruner import Pruner
@@ -45,7 +46,7 @@ def save_state(pruner: "Pruner", directory: Path, *, optimizer: bool = True) -> 
     handle = pruner.handle
     target = directory / f"tensors-{secrets.token_hex(4)}.safetensors"
     tensors = tensors_of(pruner, optimizer=optimizer)
-    save_file({k: v.cpu().contiguous().clone() for k, v in tensors}, target)
+    write_tensors({k: v.cpu().contiguous().clone() for k, v in tensors}, target)
     state = {
         "version": VERSION,
         "tensors": target.name,

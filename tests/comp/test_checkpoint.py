@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -171,6 +172,18 @@ def test_half_precision_halves_the_file_and_loads_as_float32(tmp_path: Path) -> 
     loaded = load_pruned(tmp_path / "half")
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert (family.outputs(loaded, batch) - family.outputs(model, batch)).abs().max() < 0.05
+
+
+def test_who_may_read_the_config_may_read_the_weights(saved: Path) -> None:
+    names = ("config.json", "model.safetensors", "pruning.json")
+    assert len({stat.S_IMODE((saved / name).stat().st_mode) for name in names}) == 1
+
+
+def test_weights_that_are_replaced_keep_their_permissions(saved: Path) -> None:
+    weights = saved / "model.safetensors"
+    weights.chmod(0o640)
+    save_pruned(load_pruned(saved), saved)
+    assert stat.S_IMODE(weights.stat().st_mode) == 0o640
 
 
 def test_masks_in_force_are_not_saved(tmp_path: Path) -> None:
