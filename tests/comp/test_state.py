@@ -130,7 +130,7 @@ def test_saving_again_replaces_the_state_and_its_files(saved: Path) -> None:
     fresh().restore(saved)
 
 
-@pytest.mark.parametrize("accident", ["save_file", "json.dumps", "Path.replace"])
+@pytest.mark.parametrize("accident", ["write_tensors", "json.dumps", "Path.replace"])
 def test_dying_while_saving_leaves_the_state_before(
     saved: Path, accident: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
