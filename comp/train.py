@@ -67,6 +67,11 @@ class Recipe:
     shape: BlipShape = field(default_factory=BlipShape)
     family: str = "blip"
 
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all parts."""
+        return self.align_steps + self.steps + self.tune_steps
+
 
 SMALL = BlipShape(heads=12, vision_layers=6, text_layers=4)
 """No head or channel of it holds more than half a percent of its FLOPs."""
@@ -141,7 +146,7 @@ def train_dense(
         init: Directory of the model that ``recipe.init`` names.
         device: ``auto``, ``cpu``, ``cuda``, ...
         mixed: Run in bfloat16 autocast.
-        on_step: Called with step and loss.
+        on_step: Called with step, counted through all parts of the recipe, and loss.
 
     Returns:
         The card: recipe, accuracies, steps, seconds, versions.
@@ -229,13 +234,14 @@ def _fit_aligned(
     """Trains on phrases about single images, then on statements about these and about pairs."""
     openmoji = load_openmoji(recipe.shape.image_size)
     phrases = Recipe(task=recipe.task, steps=recipe.align_steps, warmup=50)
-    fit = partial(align_, model, openmoji.drawings, openmoji.pixels, tokenizer, on_step=on_step)
+    fit = partial(align_, model, openmoji.drawings, openmoji.pixels, tokenizer)
     fit(
         steps=phrases.steps,
         batch_size=phrases.batch_size,
         learning_rate=lambda step: schedule(step, phrases),
         templates=("{}",),
         seed=recipe.seed,
+        on_step=on_step,
     )
     fit(
         steps=recipe.steps,
@@ -243,7 +249,15 @@ def _fit_aligned(
         learning_rate=lambda step: schedule(step, recipe),
         pairs=task.train_batches(batch_size=recipe.batch_size, seed=recipe.seed),
         seed=recipe.seed + 1,
+        on_step=_after(recipe.align_steps, on_step),
     )
+
+
+def _after(
+    done: int, on_step: Callable[[int, float], None] | None
+) -> Callable[[int, float], None] | None:
+    """Lets a part of a recipe count on from the steps before it."""
+    return on_step and (lambda step, loss: on_step(done + step, loss))
 
 
 def _tune(
@@ -256,7 +270,8 @@ def _tune(
 ) -> None:
     """Trains an aligned model on the task alone, on as many samples a step as are seen aligned."""
     alone = replace(recipe, steps=recipe.tune_steps, batch_size=40)
-    _fit(model, task, alone, mixed=mixed, start=recipe.steps, on_step=on_step)
+    before = recipe.align_steps + recipe.steps
+    _fit(model, task, alone, mixed=mixed, start=recipe.steps, on_step=_after(before, on_step))
 
 
 def _fit(

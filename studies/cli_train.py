@@ -134,8 +134,8 @@ def train(
     target = output or Path("models") / recipe
 
     def on_step(step: int, loss: float) -> None:
-        if step % 100 == 0 or step == plan.steps - 1:
-            say(f"step {step + 1}/{plan.steps}, loss {loss:.4f}")
+        if step % 100 == 0 or step == plan.total_steps - 1:
+            say(f"step {step + 1}/{plan.total_steps}, loss {loss:.4f}")
 
     card = train_dense(
         plan, target, init=source if start else None, device=device, on_step=on_step

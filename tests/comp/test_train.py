@@ -1,10 +1,11 @@
 """Recipes of the dense models: their names, their schedule and what they refuse."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from comp.models.presets import MODEL_PRESETS
+from comp.models.presets import MODEL_PRESETS, preset_directory
 from comp.train import RECIPES, Recipe, recipe_of, schedule, train_dense
 
 
@@ -28,6 +29,25 @@ def test_an_unknown_recipe_suggests_the_nearest() -> None:
         ValueError, match=r"recipe must be one of .*did you mean 'blip-tiny-vqa'\?"
     ):
         recipe_of("blip-tiny-vqaa")
+
+
+def test_the_parts_of_a_recipe_count_their_steps_on(tmp_path: Path) -> None:
+    recipe = replace(
+        RECIPES["blip-tiny-nlvr2"], align_steps=1, steps=2, tune_steps=2, batch_size=2
+    )
+    seen: list[tuple[int, float]] = []
+
+    def on_step(step: int, loss: float) -> None:
+        seen.append((step, loss))
+        if step == recipe.total_steps - 1:
+            raise KeyboardInterrupt  # what follows evaluates whole splits
+
+    with pytest.raises(KeyboardInterrupt):
+        train_dense(
+            recipe, tmp_path, init=preset_directory("blip-tiny-vqa"), device="cpu", on_step=on_step
+        )
+    assert [step for step, _ in seen] == [0, 1, 2, 3, 4]
+    assert all(0 < loss < 10 for _, loss in seen)
 
 
 def test_a_recipe_that_starts_from_another_model_needs_it(tmp_path: Path) -> None:
