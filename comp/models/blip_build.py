@@ -1,6 +1,6 @@
 """Building small dense BLIP models: the shapes that the recipes of ``comp.train`` name."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def build_blip(
         init: For NLVR2, a saved one-stream BLIP of the same widths to start from.
 
     Raises:
-        ValueError: If no BLIP class serves the task.
+        ValueError: If no BLIP class serves the task, or nothing can start from ``init``.
     """
     torch.manual_seed(seed)
     config = blip_config(shape, tokenizer)
@@ -109,7 +109,45 @@ def build_blip(
             f"task must be vqa, nlvr2, captioning or retrieval for a small BLIP, but got {task!r}"
         )
     model = BlipForNLVR(config)
-    return model if init is None else duplicate_cross_attention_(model, load_pruned(init))
+    return model if init is None else duplicate_cross_attention_(model, load_start(init, shape))
+
+
+def load_start(init: Path, shape: BlipShape) -> Any:
+    """Loads the BLIP whose towers a small model starts from.
+
+    Args:
+        init: Its directory.
+        shape: Sizes of the small model.
+
+    Raises:
+        ValueError: If it is no BLIP with one image and a text encoder, or has other sizes.
+    """
+    source: Any = load_pruned(init)
+    if isinstance(source, BlipForNLVR) or not hasattr(source, "text_encoder"):
+        raise ValueError(
+            f"a model can start from a BLIP for vqa or retrieval, but {init} holds "
+            f"{type(source).__name__}; name another directory"
+        )
+    vision, text = source.config.vision_config, source.config.text_config
+    sizes = BlipShape(
+        width=vision.hidden_size,
+        heads=vision.num_attention_heads,
+        vision_layers=vision.num_hidden_layers,
+        text_layers=text.num_hidden_layers,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+    )
+    wrong = [
+        f"{name} {value} instead of {getattr(shape, name)}"
+        for name, value in asdict(sizes).items()
+        if value != getattr(shape, name)
+    ]
+    if wrong:
+        raise ValueError(
+            f"a model can start from one of its own sizes, but {init} has {', '.join(wrong)}; "
+            "name another directory"
+        )
+    return source
 
 
 def duplicate_cross_attention_(model: BlipForNLVR, source: Any) -> BlipForNLVR:

@@ -29,7 +29,7 @@ def build_small(
         init: Directory of a BLIP to start from, for NLVR2 and CLIP.
 
     Raises:
-        ValueError: If no class of the family serves the task.
+        ValueError: If no class of the family serves the task, or nothing can start from ``init``.
     """
     if family == "clip":
         return build_clip(shape, tokenizer, seed=seed, init=init)

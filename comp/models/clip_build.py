@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
-from comp.checkpoint import load_pruned
-from comp.models.blip_build import BlipShape
+from comp.models.blip_build import BlipShape, load_start
 
 
 def clip_config(shape: BlipShape, tokenizer: PreTrainedTokenizerFast) -> CLIPConfig:
@@ -51,11 +50,14 @@ def build_clip(
         shape: Its sizes.
         tokenizer: Gives vocabulary and special tokens.
         seed: Seed of the weights.
-        init: A saved BLIP of the same widths and vocabulary whose image tower it starts from.
+        init: A saved BLIP of the same sizes and vocabulary whose image tower it starts from.
+
+    Raises:
+        ValueError: If there is no such BLIP.
     """
     torch.manual_seed(seed)
     model = CLIPModel(clip_config(shape, tokenizer))
-    return model if init is None else start_from_blip_(model, load_pruned(init))
+    return model if init is None else start_from_blip_(model, load_start(init, shape))
 
 
 @torch.no_grad()

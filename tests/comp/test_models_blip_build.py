@@ -14,6 +14,8 @@ from comp.models.blip_build import (
     duplicate_cross_attention_,
 )
 from comp.models.blip_nlvr import BlipForNLVR
+from comp.models.build import build_small
+from comp.models.presets import preset_directory
 from tests.tiny import FAMILIES
 from tests.tiny import blip_config as tiny_config
 
@@ -60,3 +62,19 @@ def test_with_one_image_twice_the_duplicate_is_the_source() -> None:
         one = source.text_encoder(**text, encoder_hidden_states=image).last_hidden_state
         two = model.text_encoder(**text, encoder_hidden_states=(image, image)).last_hidden_state
     assert (one - two).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["blip", "clip"])
+@pytest.mark.parametrize(
+    ("start", "why"),
+    [
+        ("blip-tiny-nlvr2", "holds BlipForNLVR; name another directory"),
+        ("blip-small-vqa", "has heads 12 instead of 8, vision_layers 6 instead of 4"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused(
+    tokenizer: Any, family: str, start: str, why: str
+) -> None:
+    task = {"blip": "nlvr2", "clip": "retrieval"}[family]
+    with pytest.raises(ValueError, match=why):
+        build_small(family, task, BlipShape(), tokenizer, init=preset_directory(start))
