@@ -73,6 +73,8 @@ class Recipe:
         return self.align_steps + self.steps + self.tune_steps
 
 
+_ALIGNED_BATCH = 40  # images of a step that aligns, statements of a step that tunes
+
 SMALL = BlipShape(heads=12, vision_layers=6, text_layers=4)
 """No head or channel of it holds more than half a percent of its FLOPs."""
 
@@ -245,7 +247,7 @@ def _fit_aligned(
     )
     fit(
         steps=recipe.steps,
-        batch_size=40,
+        batch_size=_ALIGNED_BATCH,
         learning_rate=lambda step: schedule(step, recipe),
         pairs=task.train_batches(batch_size=recipe.batch_size, seed=recipe.seed),
         seed=recipe.seed + 1,
@@ -269,7 +271,7 @@ def _tune(
     on_step: Callable[[int, float], None] | None,
 ) -> None:
     """Trains an aligned model on the task alone, on as many samples a step as are seen aligned."""
-    alone = replace(recipe, steps=recipe.tune_steps, batch_size=40)
+    alone = replace(recipe, steps=recipe.tune_steps, batch_size=_ALIGNED_BATCH)
     before = recipe.align_steps + recipe.steps
     _fit(model, task, alone, mixed=mixed, start=recipe.steps, on_step=_after(before, on_step))
 
