@@ -48,7 +48,7 @@ class Recipe:
         align_steps: Steps of ``comp.align`` on phrases about single images, before the task;
             NLVR2 only.
         tune_steps: Steps on the task alone afterwards, on new batches and with the learning rate
-            of the beginning; NLVR2 only.
+            of the beginning.
         seed: Seed of weights, data order and dropout.
         shape: Sizes of the model.
         family: Family of the model, see ``comp.models.build``.
@@ -171,9 +171,9 @@ def train_dense(
         task.prepare_(model)
     if recipe.align_steps:
         _fit_aligned(model, task, recipe, tokenizer, on_step=on_step)
-        _tune(model, task, recipe, mixed=mixed, on_step=on_step)
     else:
         _fit(model, task, recipe, mixed=mixed, on_step=on_step)
+    _tune(model, task, recipe, mixed=mixed, on_step=on_step)
     if hasattr(model, TEMPERATURE):  # the stock class has no place for it but its config
         setattr(model.config, TEMPERATURE, float(getattr(model, TEMPERATURE)))
     detach(model)
@@ -270,8 +270,9 @@ def _tune(
     mixed: bool,
     on_step: Callable[[int, float], None] | None,
 ) -> None:
-    """Trains an aligned model on the task alone, on as many samples a step as are seen aligned."""
-    alone = replace(recipe, steps=recipe.tune_steps, batch_size=_ALIGNED_BATCH)
+    """Goes on with the task alone, if the recipe does, with as many samples a step as before."""
+    size = _ALIGNED_BATCH if recipe.align_steps else recipe.batch_size
+    alone = replace(recipe, steps=recipe.tune_steps, batch_size=size)
     before = recipe.align_steps + recipe.steps
     _fit(model, task, alone, mixed=mixed, start=recipe.steps, on_step=_after(before, on_step))
 
