@@ -7,6 +7,7 @@ from typing import Any
 from comp.config import PruningConfig
 from orchestration.job import Job
 from studies.domains import PRUNE_SHARE, STEP_BUDGET, TARGET_RATIO
+from studies.space import starting_point, values_of
 from studies.spec import StudySpec
 
 NO_TERMS = ("method", "seed", "ratios", "num_stages", "stage_quantum", "max_stages", "device")
@@ -21,7 +22,8 @@ def terms_of(job: Job, spec: StudySpec) -> dict[str, Any]:
     """Returns the terms of a run that its study does not vary, as JSON values.
 
     ``quantum`` is the share of the dense FLOPs that a stage removes, and so how many stages, each
-    of which trains, lie before a ratio.
+    of which trains, lie before a ratio. What is varied counts by where it starts, in trial 0:
+    settings are named after what they change of that.
     """
     searched = set(spec.space)
     if searched & {PRUNE_SHARE, STEP_BUDGET}:
@@ -29,6 +31,8 @@ def terms_of(job: Job, spec: StudySpec) -> dict[str, Any]:
     own = {k: v for k, v in job.config.items() if k not in searched and k not in NO_TERMS}
     if not spec.space.keys() & _QUANTUM:
         own["quantum"] = round(PruningConfig.from_dict(job.config).quantum, 4)
+    start = values_of(spec.space, starting_point(spec.pruning, spec.space))
+    own |= {f"{key} of trial 0": value for key, value in start.items() if key != "method"}
     return {"model": job.model, "task": job.task, "data": job.data, **own}
 
 

@@ -52,6 +52,17 @@ def test_settings_of_two_pieces_keep_their_stages_though_run_ids_are_equal(tmp_p
     assert len({row.stages for row in rows}) == 1
 
 
+def test_pieces_whose_trial_0_differs_are_refused_for_settings_are_named_after_it(
+    tmp_path: Path,
+) -> None:
+    space = "space={recalibrate: {kind: categorical, choices: [false, true]}}"
+    start = ("sampler={kind: start}", space, "n_trials=1")
+    collect([study(tmp_path / "here", *start)], tmp_path / "data")
+    other = study(tmp_path / "there", *start, "pruning.recalibrate=true", "seeds=[1]")
+    with pytest.raises(ValueError, match=r"recalibrate of trial 0 \(False and True\)"):
+        collect([other], tmp_path / "data")
+
+
 def test_another_study_is_left_as_it_is(tmp_path: Path) -> None:
     data = tmp_path / "data"
     collect([study(tmp_path, "name=one")], data)
