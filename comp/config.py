@@ -31,8 +31,9 @@ class PruningConfig:
         temperature: Temperature of the exploration softmax over idle time (tau, Eq. 9).
         history: Weight of the old cost one stage later (lambda_0, Eq. 10).
         horizon: Stages after which the old cost is forgotten (I_max, Eq. 10).
-        init: Where the modes' first costs come from: a ``"sweep"`` of one stage each, or a
-            ``"probe"`` before the first stage, which tries each mode on a copy without training.
+        init: Where the modes' first costs come from: a ``"sweep"`` of one stage each, or trials of
+            all modes on copies before the first stage, which is not the paper's: a ``"probe"``
+            does not train, a ``"rehearsal"`` trains as a stage does.
         refresh_after: Stages after which the cost of a mode that did not run is measured again, by
             a trial on a copy without training; ``None`` never does. Not the paper's.
         lookahead_steps: Training steps of every trial of the ``lookahead`` schedule, which is not
@@ -119,7 +120,7 @@ class PruningConfig:
     history: float = 0.4
     horizon: int = 5
     refresh_after: int | None = None
-    init: Literal["sweep", "probe"] = "sweep"
+    init: Literal["sweep", "probe", "rehearsal"] = "sweep"
     lookahead_steps: int = 10
     stage_quantum: float | None = None
     last_quantum: float = 1.0

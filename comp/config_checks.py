@@ -112,9 +112,9 @@ def _check_costs(config: "PruningConfig") -> None:
     """Refuses what is about the costs of modes where a schedule asks for none."""
     schedule, method = config.switches.schedule, config.method
     has = f"but method {method!r} has {schedule!r}"
-    if config.init == "probe" and schedule not in CHOOSING:
+    if config.init != "sweep" and schedule not in CHOOSING:
         raise ValueError(
-            f"init 'probe' gives first costs to the schedules mps, cas and cas_re, {has}; "
+            f"init {config.init!r} gives first costs to the schedules mps, cas and cas_re, {has}; "
             "use 'sweep'"
         )
     if config.refresh_after is not None and schedule not in CHOOSING:
@@ -176,7 +176,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "token_threshold": (None, "relative", "absolute"),
     "head_reduce": (None, "max", "mean"),
     "unit": (None, "head", "head_dim"),
-    "init": ("sweep", "probe"),
+    "init": ("sweep", "probe", "rehearsal"),
     "rank_norm": (None, "kind", "layer"),
     "rank_by": ("score", "score_per_flop"),
     "history_by": (None, "stage", "quantum"),

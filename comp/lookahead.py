@@ -1,9 +1,9 @@
 """Trials from one snapshot: what modes would cost now.
 
-Three options ask for them: the ``lookahead`` schedule before every stage, ``init: probe`` before
-the first, and ``refresh_after`` for modes that have been idle. Each trial runs on a copy of the
-loop and leaves the loop as it is, so that trials are independent of each other and may run side by
-side.
+Three options ask for them: the ``lookahead`` schedule before every stage, ``init: probe`` and
+``rehearsal`` before the first, and ``refresh_after`` for modes that have been idle. Each trial
+runs on a copy of the loop and leaves the loop as it is, so that trials are independent of each
+other and may run side by side.
 """
 
 import copy

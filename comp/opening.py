@@ -86,8 +86,9 @@ def trials_before(loop: "StageLoop", ratio: float) -> TrialPlan | None:
         return TrialPlan(live, gap, config.lookahead_steps)
     if not isinstance(strategy, MultiModeStrategy):
         return None
-    if config.init == "probe" and not loop.stages:
-        return TrialPlan(live, gap, 0)
+    if config.init != "sweep" and not loop.stages:
+        steps = config.steps_per_stage if config.init == "rehearsal" else 0
+        return TrialPlan(live, gap, steps)
     stale = strategy.stale(config.refresh_after) if config.refresh_after else []
     return TrialPlan(tuple(stale), gap, 0) if stale else None
 

@@ -158,6 +158,7 @@ def test_what_is_true_or_false_is_nothing_else(name: str) -> None:
             PruningConfig(**{name: value})
 
 
-def test_a_probe_is_refused_where_no_cost_is_asked_for() -> None:
-    with pytest.raises(ValueError, match=r"init 'probe' gives first costs.*use 'sweep'"):
-        PruningConfig(method="param", init="probe")
+@pytest.mark.parametrize("init", ["probe", "rehearsal"])
+def test_trials_are_refused_where_no_cost_is_asked_for(init: Any) -> None:
+    with pytest.raises(ValueError, match=rf"init '{init}' gives first costs.*use 'sweep'"):
+        PruningConfig(method="param", init=init)

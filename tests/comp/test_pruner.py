@@ -482,12 +482,15 @@ def test_lookahead_takes_the_cheapest_trial() -> None:
     assert record.mode == min(costs, key=lambda mode: costs[mode] or 0.0)
 
 
-def test_a_probe_replaces_the_sweep_by_trials_without_training() -> None:
-    pruner = pruner_of(init="probe", exploration=0.0)
+@pytest.mark.parametrize("init", ["probe", "rehearsal"])
+def test_trials_of_all_modes_replace_the_sweep(init: Any) -> None:
+    pruner = pruner_of(init=init, exploration=0.0)
+    steps = {"probe": 0, "rehearsal": pruner.config.steps_per_stage}[init]
     stages = pruner.run()
     next(stages)
     gap = pruner._macs - pruner._target_macs(0.12)
-    costs = {m.value: c for m in pruner.modes if (c := trial_cost(pruner, m, gap, 0)) is not None}
+    tried = {m.value: trial_cost(pruner, m, gap, steps) for m in pruner.modes}
+    costs = {mode: cost for mode, cost in tried.items() if cost is not None}
     first = next(stages)
     assert isinstance(first, StageRecord)
     assert (first.choice, first.mode) == ("greedy", min(costs, key=costs.__getitem__))
