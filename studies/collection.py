@@ -26,7 +26,7 @@ from studies.terms import differing_terms, terms_of
 POINTS = "points.parquet"
 STAGES = "stages.parquet"
 REMEDIES = {
-    *("rank_by", "one_ranking", "refresh_after", "last_quantum"),
+    *("rank_by", "one_ranking", "refresh_after", "last_quantum", "init"),
     *("mask_site", "merge", "distillation", "min_heads"),
 }
 """Searched keys by which a setting is not its method any more (docs/algorithm.md)."""
