@@ -19,9 +19,8 @@ from orchestration.store import Run
 from orchestration.store_tables import tables_of
 from studies.folder import StudyFolder
 from studies.sources import find_runs
-from studies.space import starting_point, values_of
 from studies.spec import StudySpec
-from studies.terms import differing_terms, terms_of
+from studies.terms import differing_terms, start_of, terms_of
 
 POINTS = "points.parquet"
 STAGES = "stages.parquet"
@@ -166,6 +165,5 @@ def setting_of(job: Job, spec: StudySpec) -> str:
 
 def changes_of(job: Job, spec: StudySpec) -> dict[str, Any]:
     """Returns the values of searched keys other than the method that are not as in trial 0."""
-    start = values_of(spec.space, starting_point(spec.pruning, spec.space))
-    others = {key: job.config.get(key) for key in start if key != "method"}
-    return {key: value for key, value in others.items() if value != start[key]}
+    start, config = start_of(spec), job.config
+    return {key: config.get(key) for key in start if config.get(key) != start[key]}

@@ -31,9 +31,14 @@ def terms_of(job: Job, spec: StudySpec) -> dict[str, Any]:
     own = {k: v for k, v in job.config.items() if k not in searched and k not in NO_TERMS}
     if not spec.space.keys() & _QUANTUM:
         own["quantum"] = round(PruningConfig.from_dict(job.config).quantum, 4)
-    start = values_of(spec.space, starting_point(spec.pruning, spec.space))
-    own |= {f"{key} of trial 0": value for key, value in start.items() if key != "method"}
+    own |= {f"{key} of trial 0": value for key, value in start_of(spec).items()}
     return {"model": job.model, "task": job.task, "data": job.data, **own}
+
+
+def start_of(spec: StudySpec) -> dict[str, Any]:
+    """Returns the values of searched keys other than the method in trial 0."""
+    start = values_of(spec.space, starting_point(spec.pruning, spec.space))
+    return {key: value for key, value in start.items() if key != "method"}
 
 
 def differing_terms(
